@@ -1,0 +1,166 @@
+//! Key providers: the code that talks to one kind of root key.
+//!
+//! Contract of every [`KeyProvider`]: what [`KeyProvider::wrap`] returns can be unwrapped only with the same
+//! [`WrapContext`], by the same root key, by a later process. Calls block; a provider over an asynchronous SDK keeps
+//! its runtime inside. No error of a provider may ever lead the caller to anything irreversible.
+
+pub mod keyfile;
+pub mod passphrase;
+pub mod scripted;
+pub mod uri;
+
+use crate::crypto::secret::Secret32;
+
+/// What a wrapped key is for. Part of the context, so that one kind of wrapped key is never taken for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KeyPurpose {
+    /// A KEK; the object id is its `KekId`.
+    Kek,
+    /// The store secret; the object id is the store id.
+    StoreSecret,
+    /// A DEK wrapped directly by the provider (KEK kind external); the object id is the file id.
+    Dek,
+}
+
+impl KeyPurpose {
+    /// The name that goes into the context's bytes and into a service's encryption context.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kek => "kek",
+            Self::StoreSecret => "store-secret",
+            Self::Dek => "dek",
+        }
+    }
+}
+
+/// Authenticated, public context of a wrap: what is wrapped, and for which store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WrapContext {
+    /// The store.
+    pub store: [u8; 16],
+    /// What the key is for.
+    pub purpose: KeyPurpose,
+    /// Which key: see [`KeyPurpose`].
+    pub object: [u8; 16],
+    /// More bytes to bind, such as a slot's prefix. Empty for KEKs and the store secret.
+    pub extra: Vec<u8>,
+}
+
+impl WrapContext {
+    /// The canonical bytes for providers that take associated data as one string:
+    /// `"envelopefs/v1/" ‖ purpose ‖ 0x00 ‖ store(16) ‖ object(16) ‖ extra`.
+    pub fn to_aad(&self) -> Vec<u8> {
+        let mut v = b"envelopefs/v1/".to_vec();
+        v.extend_from_slice(self.purpose.as_str().as_bytes());
+        v.push(0);
+        v.extend_from_slice(&self.store);
+        v.extend_from_slice(&self.object);
+        v.extend_from_slice(&self.extra);
+        v
+    }
+}
+
+/// Longest wrapped key any provider may return, in bytes: what fits into a header slot.
+pub const WRAPPED_MAX: usize = 640;
+
+/// What a provider can do beyond wrap and unwrap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// The context is cryptographically bound by the service itself.
+    pub binds_context: bool,
+    /// `rewrap` happens inside the service: the key never reaches this process.
+    pub native_rewrap: bool,
+    /// `generate` makes the key inside the service.
+    pub native_generate: bool,
+    /// Calls leave this machine and can be slow, throttled or unreachable.
+    pub remote: bool,
+}
+
+/// What a provider says about its root key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// The URI as it is recorded in the keyring (never with secrets in it).
+    pub uri: String,
+    /// The service's own stable name of the key (an ARN, a key fingerprint), for people and logs.
+    pub key_id: String,
+    /// What it can do.
+    pub capabilities: Capabilities,
+}
+
+/// Why a provider failed, by what the caller must do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KmsError {
+    /// No answer: network, service down, time-out. Go on with what is cached; try again.
+    #[error("key service unreachable: {0}")]
+    Unreachable(String),
+    /// The service says to slow down. Try again later.
+    #[error("key service throttles: {0}")]
+    Throttled(String),
+    /// The service refuses this caller. Stop unwrapping.
+    #[error("access to the root key denied: {0}")]
+    Denied(String),
+    /// The root key is disabled or scheduled for deletion. Stop unwrapping.
+    #[error("root key disabled: {0}")]
+    Disabled(String),
+    /// No such root key. Fail this object only, change nothing.
+    #[error("root key not found: {0}")]
+    NotFound(String),
+    /// The wrapped bytes are not this root key's, were changed, or belong to another context: a wrong key or
+    /// passphrase shows as this too. Fail this object only, change nothing.
+    #[error("wrapped key does not open: {0}")]
+    BadCiphertext(String),
+    /// No usable credentials were found or they have expired.
+    #[error("credentials for the root key: {0}")]
+    Credentials(String),
+    /// The URI, the configuration or the key file itself is unusable; says what to change.
+    #[error("{0}")]
+    Config(String),
+}
+
+impl KmsError {
+    /// Whether the same call may succeed later without anybody changing anything.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Throttled(_))
+    }
+}
+
+/// One root key.
+pub trait KeyProvider: Send + Sync {
+    /// What this is. Must not need the key itself; may call the service for health.
+    ///
+    /// # Errors
+    /// Any [`KmsError`] of the service.
+    fn describe(&self) -> Result<Description, KmsError>;
+
+    /// Wraps `key` under the root key, bound to `context`. At most [`WRAPPED_MAX`] bytes.
+    ///
+    /// # Errors
+    /// Any [`KmsError`] but `BadCiphertext`.
+    fn wrap(&self, key: &Secret32, context: &WrapContext) -> Result<Vec<u8>, KmsError>;
+
+    /// Reverses [`KeyProvider::wrap`].
+    ///
+    /// # Errors
+    /// [`KmsError::BadCiphertext`] if `wrapped` is not this root key's or the context differs; any other.
+    fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError>;
+
+    /// Moves a wrapped key to the root key's newest version or to another context. By default unwraps and wraps here;
+    /// a provider that can do it inside the service does (see [`Capabilities::native_rewrap`]).
+    ///
+    /// # Errors
+    /// As `unwrap` and `wrap`.
+    fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {
+        let key = self.unwrap(wrapped, from)?;
+        self.wrap(&key, to)
+    }
+
+    /// A new random key and its wrapped form.
+    ///
+    /// # Errors
+    /// As `wrap`.
+    fn generate(&self, context: &WrapContext) -> Result<(Secret32, Vec<u8>), KmsError> {
+        let key = Secret32::random();
+        let wrapped = self.wrap(&key, context)?;
+        Ok((key, wrapped))
+    }
+}

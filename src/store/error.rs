@@ -1,0 +1,67 @@
+//! Why an operation on the store failed.
+
+use crate::format::damage::Damage;
+use crate::kms::KmsError;
+use std::io;
+
+/// Errors of the store, by whose fault they are. `fs::errno` holds the one table from these to errno.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The backing directory's own error, passed through as it is (ENOSPC, EIO, EACCES, ENOENT, …).
+    #[error("{0}")]
+    Backing(#[from] io::Error),
+    /// Stored bytes are damaged or were tampered with. EIO.
+    #[error("{0}")]
+    Damage(#[from] Damage),
+    /// The key service or its key failed. ENOKEY, EKEYREVOKED, …
+    #[error("{0}")]
+    Kms(#[from] KmsError),
+    /// No such file or directory.
+    #[error("no such file or directory")]
+    NotFound,
+    #[error("file exists")]
+    Exists,
+    #[error("not a directory")]
+    NotADirectory,
+    #[error("is a directory")]
+    IsADirectory,
+    #[error("directory not empty")]
+    NotEmpty,
+    #[error("name too long")]
+    NameTooLong,
+    /// The name is reserved for the store (`.envelopefs…` with plaintext names), or holds a NUL or a slash.
+    #[error("name is reserved or not valid")]
+    BadName,
+    #[error("invalid argument")]
+    Invalid,
+    #[error("store is mounted read-only")]
+    ReadOnly,
+    #[error("file too large")]
+    TooLarge,
+    #[error("no such attribute")]
+    NoAttribute,
+    #[error("operation not permitted")]
+    NotPermitted,
+    #[error("operation not supported")]
+    NotSupported,
+    #[error("no data or hole at or after this offset")]
+    NoSuchOffset,
+    /// The directory is not a store.
+    #[error("not an envelopefs store: {0}")]
+    NotAStore(String),
+    /// No root key given opens the keyring.
+    #[error("none of the root keys opens this store: {0}")]
+    WrongKey(String),
+    /// Another process has the store.
+    #[error("store is in use by another process: {0}")]
+    Locked(String),
+    /// There is already a store here, or something else is in the way of making one.
+    #[error("{0}")]
+    NotEmptyForInit(String),
+    /// A KEK or root key operation that the key's state forbids; says why.
+    #[error("{0}")]
+    KeyState(String),
+}
+
+/// Result of a store operation.
+pub type Result<T> = std::result::Result<T, StoreError>;

@@ -1,0 +1,116 @@
+//! Access for the owner whom the permission bits keep out.
+//!
+//! The daemon owns the backing files, but users choose their modes: a file of mode 0200 must still be read to change a
+//! byte in the middle of a block, one of mode 0444 rewrapped, a directory of mode 0555 emptied of its id. When the kernel
+//! says `EACCES`, the owner's own bits are added for as long as the one call takes, and taken away again on every
+//! path. That happens for one caller at a time in this process, and [`settled`] keeps [`super::Posix::stat`] from
+//! reporting a mode that is only passing.
+//!
+//! Never for an inode of another user, and never where chmod(2) would drop the setgid bit for good (a group the daemon
+//! is not in). Dying in between leaves the owner's bits added and nothing else changed.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{RwLock, RwLockReadGuard};
+use rustix::fs::Mode;
+
+use super::proc_path::ProcPath;
+
+/// Held exclusively while bits are added, shared by whoever sets a mode or owner.
+static MODES: RwLock<()> = RwLock::new(());
+/// Odd while bits are added.
+static PASSING: AtomicU64 = AtomicU64::new(0);
+
+const READ_WRITE: u32 = 0o600;
+const READ_WRITE_SEARCH: u32 = 0o700;
+
+/// Held while a mode or an owner is set, so that it can't fall between adding bits and taking them away.
+pub(super) fn setting_mode() -> RwLockReadGuard<'static, ()> {
+    MODES.read()
+}
+
+/// Runs `look` such that no passing mode is seen.
+pub(super) fn settled<T>(mut look: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let before = PASSING.load(Ordering::SeqCst);
+    let seen = look();
+    if before.is_multiple_of(2) && PASSING.load(Ordering::SeqCst) == before {
+        return seen;
+    }
+    let _still = MODES.read();
+    look()
+}
+
+/// Runs `call`; if it fails with `EACCES`, runs it again with the owner's read and write bits of the file `fd` set.
+pub(super) fn of_file<T>(fd: BorrowedFd<'_>, call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    with_bits(&[fd], READ_WRITE, call)
+}
+
+/// Runs `call`; if it fails with `EACCES`, runs it again with all the owner's bits of the directories `dirs` set.
+pub(super) fn of_dirs<T>(dirs: &[BorrowedFd<'_>], call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    with_bits(dirs, READ_WRITE_SEARCH, call)
+}
+
+fn with_bits<T>(nodes: &[BorrowedFd<'_>], bits: u32, mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let refused = match call() {
+        Err(e) if e.raw_os_error() == Some(libc::EACCES) => e,
+        other => return other,
+    };
+    let _alone = MODES.write();
+    PASSING.fetch_add(1, Ordering::SeqCst);
+    // Declared after the lock, hence dropped before it: the modes are back before anyone may look.
+    let mut added = Added::default();
+    for node in nodes {
+        added.add(*node, bits)?;
+    }
+    if added.to.is_empty() { Err(refused) } else { call() }
+}
+
+/// Bits that are to be taken away again.
+#[derive(Default)]
+struct Added<'a> {
+    to: Vec<(BorrowedFd<'a>, u32)>,
+}
+
+impl<'a> Added<'a> {
+    fn add(&mut self, node: BorrowedFd<'a>, bits: u32) -> io::Result<()> {
+        let stat = rustix::fs::fstat(node)?;
+        let mode = stat.st_mode & 0o7777;
+        let missing = bits & !mode;
+        let ours = stat.st_uid == rustix::process::geteuid().as_raw();
+        if missing == 0 || !ours || !keeps_setgid(mode, stat.st_gid)? {
+            return Ok(());
+        }
+        chmod(node, mode | missing)?;
+        self.to.push((node, missing));
+        Ok(())
+    }
+}
+
+impl Drop for Added<'_> {
+    fn drop(&mut self) {
+        for (node, missing) in self.to.drain(..).rev() {
+            // The mode is read anew: the kernel may have dropped setuid or setgid bits meanwhile.
+            let back = rustix::fs::fstat(node)
+                .map_err(io::Error::from)
+                .and_then(|stat| chmod(node, stat.st_mode & 0o7777 & !missing));
+            if let Err(error) = back {
+                tracing::error!(%error, added = format_args!("{missing:#o}"), "could not restore the mode of a backing inode");
+            }
+        }
+        PASSING.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Whether chmod(2) by us leaves the setgid bit of `mode` alone.
+fn keeps_setgid(mode: u32, gid: u32) -> io::Result<bool> {
+    if mode & libc::S_ISGID == 0 || rustix::process::getegid().as_raw() == gid {
+        return Ok(true);
+    }
+    Ok(rustix::process::getgroups()?.iter().any(|g| g.as_raw() == gid))
+}
+
+fn chmod(node: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
+    Ok(rustix::fs::chmod(ProcPath::of(node).as_c_str(), Mode::from_raw_mode(mode))?)
+}

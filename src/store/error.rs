@@ -63,5 +63,57 @@ pub enum StoreError {
     KeyState(String),
 }
 
+impl StoreError {
+    /// Stable code for reports and logs: the damage's own, `kms-…`, an errno's name, or a word for the rest.
+    pub fn code(&self) -> String {
+        let code = match self {
+            Self::Damage(d) => d.code(),
+            Self::Kms(KmsError::Unreachable(_)) => "kms-unreachable",
+            Self::Kms(KmsError::Throttled(_)) => "kms-throttled",
+            Self::Kms(KmsError::Denied(_)) => "kms-denied",
+            Self::Kms(KmsError::Disabled(_)) => "kms-disabled",
+            Self::Kms(KmsError::NotFound(_)) => "kms-not-found",
+            Self::Kms(KmsError::BadCiphertext(_)) => "kms-bad-ciphertext",
+            Self::Kms(KmsError::Credentials(_)) => "kms-credentials",
+            Self::Kms(KmsError::Config(_)) => "kms-config",
+            Self::Backing(e) => return errno_code(e),
+            Self::NotFound => "ENOENT",
+            Self::ReadOnly => "EROFS",
+            Self::NotAStore(_) => "not-a-store",
+            Self::WrongKey(_) => "wrong-key",
+            Self::Locked(_) => "locked",
+            Self::KeyState(_) => "key-state",
+            _ => "other",
+        };
+        code.to_owned()
+    }
+}
+
+/// `EIO` and the like for the errors that storage gives; `errno-N` for others.
+fn errno_code(e: &io::Error) -> String {
+    const NAMES: [(i32, &str); 16] = [
+        (libc::EIO, "EIO"),
+        (libc::EACCES, "EACCES"),
+        (libc::EPERM, "EPERM"),
+        (libc::EROFS, "EROFS"),
+        (libc::ENOSPC, "ENOSPC"),
+        (libc::EDQUOT, "EDQUOT"),
+        (libc::EMFILE, "EMFILE"),
+        (libc::ENFILE, "ENFILE"),
+        (libc::ENOMEM, "ENOMEM"),
+        (libc::ESTALE, "ESTALE"),
+        (libc::EBUSY, "EBUSY"),
+        (libc::ETXTBSY, "ETXTBSY"),
+        (libc::ENOENT, "ENOENT"),
+        (libc::ENOTDIR, "ENOTDIR"),
+        (libc::ELOOP, "ELOOP"),
+        (libc::ENXIO, "ENXIO"),
+    ];
+    match e.raw_os_error() {
+        Some(n) => NAMES.iter().find(|(k, _)| *k == n).map_or_else(|| format!("errno-{n}"), |(_, s)| (*s).to_owned()),
+        None => "io".to_owned(),
+    }
+}
+
 /// Result of a store operation.
 pub type Result<T> = std::result::Result<T, StoreError>;

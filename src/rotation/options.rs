@@ -1,0 +1,55 @@
+//! What a run is asked to do.
+
+use crate::kms::KeyProvider;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::Arc;
+
+/// Options of one run. `Default` is what `envelopefs rotate` does without any.
+#[derive(Clone)]
+pub struct Options {
+    /// Root keys to wrap the new KEK under. Empty: the store's present ones.
+    pub root: Vec<Arc<dyn KeyProvider>>,
+    /// At most so many headers a second. `None`: as fast as it goes.
+    pub rate: Option<NonZeroU32>,
+    /// Workers. `None`: as many as there are processors, at most 8.
+    pub jobs: Option<NonZeroUsize>,
+    /// Count what there is to do and change nothing.
+    pub dry_run: bool,
+    /// Once no header names them any more, destroy every KEK but the new one: their wrapped bytes leave the keyring.
+    /// Cannot be undone; backups of files from before become unreadable.
+    pub destroy_old: bool,
+    /// Make a new KEK even though an earlier run is unfinished. Without it, a run goes on where that one stopped.
+    pub restart: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { root: Vec::new(), rate: None, jobs: None, dry_run: false, destroy_old: false, restart: false }
+    }
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options")
+            .field("root", &self.root.len())
+            .field("rate", &self.rate)
+            .field("jobs", &self.jobs)
+            .field("dry_run", &self.dry_run)
+            .field("destroy_old", &self.destroy_old)
+            .field("restart", &self.restart)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Options {
+    /// How many workers to start.
+    pub fn worker_count(&self) -> usize {
+        self.jobs.map_or_else(
+            || std::thread::available_parallelism().map_or(2, NonZeroUsize::get).min(8),
+            |n| n.get().min(WORKERS_MAX),
+        )
+    }
+}
+
+/// Most workers a run starts, whatever it is told: each keeps a batch of files open.
+pub const WORKERS_MAX: usize = 64;

@@ -1,0 +1,174 @@
+//! What a run says: while it works ([`Status`] through [`Progress`]) and when it ends ([`Report`]).
+
+use crate::format::ids::{KekId, StoreId};
+use crate::store::StoreError;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Where a run is. Also what the journal keeps on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// The new KEK is in the keyring, read back from disk and unwrapped independently, and not used yet.
+    Staged,
+    /// The new KEK is active; headers are being rewrapped.
+    Sweeping,
+    /// A fresh scan of both slots of every header is under way.
+    Verifying,
+    /// No header names an old KEK; the old ones are being retired, and destroyed if asked.
+    Retiring,
+    /// Nothing left to do.
+    Done,
+    /// Stopped on request; the store holds headers under both KEKs.
+    Cancelled,
+    /// Ended with failures; the old KEKs stay.
+    Incomplete,
+}
+
+impl State {
+    /// Whether a later run should go on with this one's KEK.
+    pub fn is_unfinished(self) -> bool {
+        self != Self::Done
+    }
+}
+
+/// What was done with the files of one pass or of all passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Counts {
+    /// Regular files looked at.
+    pub scanned: u64,
+    /// Headers moved to the new KEK.
+    pub rewrapped: u64,
+    /// Headers that were under the new KEK already, in both slots.
+    pub current: u64,
+    /// Empty files: they have no header.
+    pub empty: u64,
+    /// Files that were deleted while the run was about to look at them.
+    pub vanished: u64,
+    /// Files and directories that could not be dealt with.
+    pub failed: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, o: Self) {
+        self.scanned += o.scanned;
+        self.rewrapped += o.rewrapped;
+        self.current += o.current;
+        self.empty += o.empty;
+        self.vanished += o.vanished;
+        self.failed += o.failed;
+    }
+}
+
+/// A snapshot of a running rotation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Where it is.
+    pub state: State,
+    /// Asked to pause.
+    pub paused: bool,
+    /// The new KEK.
+    pub target: Option<KekId>,
+    /// Walks over the store so far, counting this one: sweep and verify alternate.
+    pub pass: u32,
+    /// Of this pass.
+    pub counts: Counts,
+    /// Files this pass will look at, if an earlier one has counted them.
+    pub expected: Option<u64>,
+    /// Files a second, this pass.
+    pub rate: f64,
+    /// Seconds since the run began.
+    pub elapsed: f64,
+    /// Seconds to the end of this pass.
+    pub eta: Option<f64>,
+}
+
+/// Who wants to know how a run gets on.
+pub trait Progress: Sync {
+    /// Called a few times a second, and at every change of state; never from two threads at once.
+    fn update(&self, status: &Status);
+}
+
+/// Nobody.
+impl Progress for () {
+    fn update(&self, _: &Status) {}
+}
+
+/// A file or directory that could not be dealt with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Path in the backing directory, with bytes that are not UTF-8 replaced.
+    pub path: String,
+    /// Stable code: a damage code (`wrap-auth`), `kms-…`, or an errno (`EIO`).
+    pub code: String,
+    /// In words.
+    pub message: String,
+}
+
+impl Failure {
+    /// The failure that `error` is at `path`.
+    pub fn new(path: String, error: &StoreError) -> Self {
+        Self { path, code: error.code(), message: error.to_string() }
+    }
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// A fresh scan found both slots of every header under the new KEK; the old KEKs are retired.
+    Complete,
+    /// Some header could not be moved or read; the old KEKs stay usable. Exit code 9.
+    Incomplete,
+    /// Stopped on request.
+    Cancelled,
+    /// Only counted.
+    DryRun,
+}
+
+/// Most failures a report names; it counts all of them.
+pub const FAILURES_MAX: usize = 10_000;
+
+/// The account of a run that ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The store.
+    pub store: StoreId,
+    /// Version of the program.
+    pub version: String,
+    /// The KEK the headers were moved to; in a dry run the present one.
+    pub target: KekId,
+    /// An earlier, unfinished run was taken up.
+    pub resumed: bool,
+    /// Seconds since the epoch.
+    pub started: u64,
+    /// Seconds since the epoch.
+    pub finished: u64,
+    /// Walks over the store, sweep and verify.
+    pub passes: u32,
+    /// Sum of the sweeps.
+    pub sweep: Counts,
+    /// The last fresh scan, if it came to one. `current` counts headers under the target, `rewrapped` is 0.
+    pub verify: Option<Counts>,
+    /// Slots found by the last scan, by the KEK they name. Two for each sound header.
+    pub slots_by_kek: BTreeMap<KekId, u64>,
+    /// KEKs retired by this run.
+    pub retired: Vec<KekId>,
+    /// KEKs destroyed by this run.
+    pub destroyed: Vec<KekId>,
+    /// Failures, at most [`FAILURES_MAX`] of them.
+    pub failures: Vec<Failure>,
+    /// All failures, also those not named.
+    pub failures_total: u64,
+    /// Generation of the keyring at the end.
+    pub generation: u64,
+}
+
+impl Report {
+    /// Whether the store is as the run was meant to leave it.
+    pub fn is_done(&self) -> bool {
+        matches!(self.outcome, Outcome::Complete | Outcome::DryRun)
+    }
+}

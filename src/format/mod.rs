@@ -7,8 +7,10 @@ pub mod geometry;
 pub mod header;
 pub mod ids;
 pub mod keyring;
+pub mod links;
 pub mod names;
 pub mod state;
+pub mod xattrs;
 
 /// Format version written and read by this program.
 pub const FORMAT_VERSION: u16 = 1;

@@ -1,1 +1,426 @@
-//! To come.
+//! The keyring: the store's list of KEKs and root keys, as bytes ↔ types.
+//!
+//! Layout, little-endian, no padding, at most [`KEYRING_MAX`] bytes:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 8 | magic `ENVLPKR1` |
+//! | 2 | version, 1 |
+//! | 2 | reserved, 0 |
+//! | 4 | incompatible feature flags: bit 0 = names in clear |
+//! | 4 | read-only-compatible feature flags |
+//! | 4 | reserved, 0 |
+//! | 16 | store id |
+//! | 8 | generation, ≥ 1 |
+//! | 2 | number of root keys, 1…[`ROOTS_MAX`] |
+//! | … | each: root key id 16 · URI length u16, 1…[`URI_MAX`] · URI, UTF-8 without control characters |
+//! | … | wraps of the store secret (a list of wraps, see below; at least one) |
+//! | 4 | number of KEKs, 1…[`KEKS_MAX`] |
+//! | … | each: KEK id 16 · kind u8 · state u8 · reserved u16 0 · six times u64: created, activated, retired, unused, destroyed, reserved 0 · provider 16 · list of wraps |
+//! | 32 | MAC: HMAC-SHA-256 over everything before it, key = derive(store secret, KEYRING_MAC, "") |
+//! | 4 | CRC-32C over everything before it |
+//!
+//! A list of wraps: number u16, then each: root key id 16 · length u16, 1…640 · wrapped key. Ids in a list are
+//! distinct and in the list of root keys. Times are Unix seconds; 0 = has not happened. `provider` is the root key
+//! that wraps DEKs for a KEK of kind external, and zeros for a sealed one. Exactly one KEK is active.
+//!
+//! In every format version the first 10 bytes are magic and version and the last 4 the CRC, so that a keyring from
+//! the future is told from a damaged one.
+
+use super::codec::{Malformed, Reader, Writer};
+use super::damage::Damage;
+use super::ids::{KekId, RootKeyId, StoreId};
+
+/// First bytes of a keyring.
+pub const MAGIC: &[u8; 8] = b"ENVLPKR1";
+/// Incompatible feature: file names are stored in clear.
+pub const INCOMPAT_PLAINTEXT_NAMES: u32 = 1;
+/// Incompatible features this program knows.
+pub const INCOMPAT_KNOWN: u32 = INCOMPAT_PLAINTEXT_NAMES;
+/// Read-only-compatible features this program knows: with any other flag set, the store may only be read.
+pub const RO_COMPAT_KNOWN: u32 = 0;
+/// Most root keys of a keyring.
+pub const ROOTS_MAX: usize = 16;
+/// Most KEK records of a keyring, destroyed ones included.
+pub const KEKS_MAX: usize = 4096;
+/// Longest root key URI, in bytes.
+pub const URI_MAX: usize = 1024;
+/// Longest wrapped key, in bytes.
+pub const WRAP_MAX: usize = 640;
+/// Longest keyring file, in bytes.
+pub const KEYRING_MAX: usize = 64 << 20;
+
+const MAC_LEN: usize = 32;
+const CRC_LEN: usize = 4;
+const PREFIX_LEN: usize = 48;
+const KEK_LEN: usize = 16 + 4 + 48 + 16;
+
+/// How DEKs are wrapped under a KEK.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KekKind {
+    /// The KEK is a random key in this process's memory; the root keys wrap it.
+    Sealed,
+    /// The KEK is the root key itself: each DEK is wrapped by a call to its provider.
+    External,
+}
+
+/// Where a KEK is in its life (NIST SP 800-57). It only moves forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KekState {
+    /// Made and verified, nothing was ever wrapped under it.
+    Pending,
+    /// Wraps and unwraps. Exactly one KEK is.
+    Active,
+    /// Unwraps only. Becomes so the moment another one is made active; see [`KekRecord::unused`].
+    Retired,
+    /// Its wrapped bytes are gone.
+    Destroyed,
+}
+
+/// A key wrapped by a root key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wrap {
+    /// The root key.
+    pub root: RootKeyId,
+    /// What its provider returned; 1 to [`WRAP_MAX`] bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// A root key as the keyring records it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct RootKeyRecord {
+    /// Its id in this keyring.
+    pub id: RootKeyId,
+    /// Its canonical URI: where to look for it. Never an address, a path of a library or a secret.
+    pub uri: String,
+}
+
+/// A KEK as the keyring records it. Times are Unix seconds; 0 = has not happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KekRecord {
+    pub id: KekId,
+    pub kind: KekKind,
+    pub state: KekState,
+    pub created: u64,
+    pub activated: u64,
+    /// When another KEK took over.
+    pub retired: u64,
+    /// When a scan of every header proved that none names this KEK any more.
+    pub unused: u64,
+    pub destroyed: u64,
+    /// Kind external: the root key that wraps DEKs.
+    pub provider: Option<RootKeyId>,
+    /// Kind sealed: the KEK, wrapped by root keys. Kind external: one wrapped random key that serves no purpose but to
+    /// prove that what the provider wraps, it unwraps. Empty once destroyed.
+    pub wraps: Vec<Wrap>,
+}
+
+/// A keyring, decoded. What it says is not authentic until its MAC was verified with the store secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keyring {
+    pub store: StoreId,
+    /// Counts the updates; the copy with the higher one counts.
+    pub generation: u64,
+    pub incompat: u32,
+    pub ro_compat: u32,
+    pub roots: Vec<RootKeyRecord>,
+    /// The store secret, wrapped by each root key.
+    pub secret: Vec<Wrap>,
+    pub keks: Vec<KekRecord>,
+}
+
+/// A keyring and what is needed to verify its MAC.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decoded {
+    pub keyring: Keyring,
+    /// The bytes under the MAC.
+    pub signed: Vec<u8>,
+    /// The MAC found.
+    pub mac: [u8; MAC_LEN],
+}
+
+impl KekKind {
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::Sealed => 1,
+            Self::External => 2,
+        }
+    }
+
+    fn from_byte(b: u8) -> Result<Self, Malformed> {
+        match b {
+            1 => Ok(Self::Sealed),
+            2 => Ok(Self::External),
+            _ => Err(Malformed),
+        }
+    }
+}
+
+impl KekState {
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::Pending => 1,
+            Self::Active => 2,
+            Self::Retired => 3,
+            Self::Destroyed => 4,
+        }
+    }
+
+    fn from_byte(b: u8) -> Result<Self, Malformed> {
+        match b {
+            1 => Ok(Self::Pending),
+            2 => Ok(Self::Active),
+            3 => Ok(Self::Retired),
+            4 => Ok(Self::Destroyed),
+            _ => Err(Malformed),
+        }
+    }
+}
+
+impl KekRecord {
+    /// Its wrap by `root`, if it has one.
+    pub fn wrap_by(&self, root: RootKeyId) -> Option<&Wrap> {
+        self.wraps.iter().find(|w| w.root == root)
+    }
+
+    /// Whether this KEK is still needed to read something: active, or retired and not proved unused.
+    pub fn is_needed(&self) -> bool {
+        match self.state {
+            KekState::Active => true,
+            KekState::Retired => self.unused == 0,
+            KekState::Pending | KekState::Destroyed => false,
+        }
+    }
+
+    fn len(&self) -> usize {
+        KEK_LEN + wraps_len(&self.wraps)
+    }
+
+    fn is_sound(&self) -> bool {
+        let external = self.kind == KekKind::External;
+        (external == self.provider.is_some()) && ((self.state == KekState::Destroyed) == self.wraps.is_empty())
+    }
+}
+
+impl Keyring {
+    /// The record of `id`.
+    pub fn kek(&self, id: KekId) -> Option<&KekRecord> {
+        self.keks.iter().find(|k| k.id == id)
+    }
+
+    /// The record of `id`, to be changed.
+    pub fn kek_mut(&mut self, id: KekId) -> Option<&mut KekRecord> {
+        self.keks.iter_mut().find(|k| k.id == id)
+    }
+
+    /// The active KEK. Every decoded keyring has exactly one.
+    pub fn active(&self) -> Option<&KekRecord> {
+        self.keks.iter().find(|k| k.state == KekState::Active)
+    }
+
+    /// The pending KEK, if one is staged.
+    pub fn pending(&self) -> Option<&KekRecord> {
+        self.keks.iter().find(|k| k.state == KekState::Pending)
+    }
+
+    /// The record of root key `id`.
+    pub fn root(&self, id: RootKeyId) -> Option<&RootKeyRecord> {
+        self.roots.iter().find(|r| r.id == id)
+    }
+
+    /// Whether file names are stored in clear.
+    pub fn plaintext_names(&self) -> bool {
+        self.incompat & INCOMPAT_PLAINTEXT_NAMES != 0
+    }
+
+    /// Whether a feature this program does not know forbids it to write to the store.
+    pub fn read_only(&self) -> bool {
+        self.ro_compat & !RO_COMPAT_KNOWN != 0
+    }
+
+    /// Its bytes; `mac` computes the MAC over those before it.
+    ///
+    /// # Errors
+    /// [`Malformed`] if a count, a length or a rule of the layout is broken; what this returns always decodes.
+    pub fn encode(&self, mac: impl FnOnce(&[u8]) -> [u8; MAC_LEN]) -> Result<Vec<u8>, Malformed> {
+        self.check()?;
+        let signed = PREFIX_LEN
+            + 2
+            + self.roots.iter().map(|r| 18 + r.uri.len()).sum::<usize>()
+            + wraps_len(&self.secret)
+            + 4
+            + self.keks.iter().map(KekRecord::len).sum::<usize>();
+        let total = signed + MAC_LEN + CRC_LEN;
+        if total > KEYRING_MAX {
+            return Err(Malformed);
+        }
+        let mut out = vec![0u8; total];
+        let (body, tail) = out.split_at_mut_checked(signed).ok_or(Malformed)?;
+        self.write(body)?;
+        let mac = mac(body);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(body), &mac);
+        let mut w = Writer::new(tail);
+        w.put(&mac)?;
+        w.u32(crc)?;
+        w.finish()?;
+        Ok(out)
+    }
+
+    fn write(&self, out: &mut [u8]) -> Result<(), Malformed> {
+        let mut w = Writer::new(out);
+        w.put(MAGIC)?;
+        w.u16(super::FORMAT_VERSION)?;
+        w.zeros(2)?;
+        w.u32(self.incompat)?;
+        w.u32(self.ro_compat)?;
+        w.zeros(4)?;
+        w.put(self.store.as_bytes())?;
+        w.u64(self.generation)?;
+        w.u16(u16::try_from(self.roots.len()).map_err(|_| Malformed)?)?;
+        for r in &self.roots {
+            w.put(r.id.as_bytes())?;
+            w.counted(r.uri.as_bytes(), 1, URI_MAX)?;
+        }
+        write_wraps(&mut w, &self.secret)?;
+        w.u32(u32::try_from(self.keks.len()).map_err(|_| Malformed)?)?;
+        for k in &self.keks {
+            write_kek(&mut w, k)?;
+        }
+        w.finish()
+    }
+
+    /// Reads a keyring. The MAC is not verified here: it takes the store secret.
+    ///
+    /// # Errors
+    /// [`Damage::KeyringUnreadable`] if magic, checksum or layout are wrong; [`Damage::UnsupportedVersion`] or
+    /// [`Damage::UnsupportedFeature`] if the checksum is right and a newer program wrote it.
+    pub fn decode(bytes: &[u8]) -> Result<Decoded, Damage> {
+        if bytes.len() > KEYRING_MAX || !bytes.starts_with(MAGIC) {
+            return Err(Damage::KeyringUnreadable);
+        }
+        let (checked, crc) = bytes.split_last_chunk::<CRC_LEN>().ok_or(Damage::KeyringUnreadable)?;
+        if crc32c::crc32c(checked) != u32::from_le_bytes(*crc) {
+            return Err(Damage::KeyringUnreadable);
+        }
+        let mut r = Reader::new(checked.get(MAGIC.len()..).ok_or(Damage::KeyringUnreadable)?);
+        match r.u16() {
+            Ok(super::FORMAT_VERSION) => {}
+            Ok(v) => return Err(Damage::UnsupportedVersion(v)),
+            Err(Malformed) => return Err(Damage::KeyringUnreadable),
+        }
+        let (signed, mac) = checked.split_last_chunk::<MAC_LEN>().ok_or(Damage::KeyringUnreadable)?;
+        let keyring = Self::read(signed).map_err(|Malformed| Damage::KeyringUnreadable)??;
+        Ok(Decoded { keyring, signed: signed.to_vec(), mac: *mac })
+    }
+
+    fn read(signed: &[u8]) -> Result<Result<Self, Damage>, Malformed> {
+        let mut r = Reader::new(signed);
+        r.take(MAGIC.len() + 2)?;
+        r.zeros(2)?;
+        let (incompat, ro_compat) = (r.u32()?, r.u32()?);
+        if incompat & !INCOMPAT_KNOWN != 0 {
+            return Ok(Err(Damage::UnsupportedFeature(incompat & !INCOMPAT_KNOWN)));
+        }
+        r.zeros(4)?;
+        let store = StoreId(r.array()?);
+        let generation = r.u64()?;
+        let roots = (0..bounded(r.u16()?.into(), ROOTS_MAX)?).map(|_| read_root(&mut r)).collect::<Result<_, _>>()?;
+        let secret = read_wraps(&mut r)?;
+        let n = bounded(usize::try_from(r.u32()?).map_err(|_| Malformed)?, KEKS_MAX)?;
+        let keks = (0..n).map(|_| read_kek(&mut r)).collect::<Result<_, _>>()?;
+        r.finish()?;
+        let k = Self { store, generation, incompat, ro_compat, roots, secret, keks };
+        k.check()?;
+        Ok(Ok(k))
+    }
+
+    /// The rules of the layout that span fields.
+    fn check(&self) -> Result<(), Malformed> {
+        let roots: Vec<RootKeyId> = self.roots.iter().map(|r| r.id).collect();
+        let known = |wraps: &[Wrap]| {
+            let ids: Vec<RootKeyId> = wraps.iter().map(|w| w.root).collect();
+            wraps.len() <= ROOTS_MAX && distinct(&ids) && ids.iter().all(|i| roots.contains(i))
+        };
+        let ids: Vec<KekId> = self.keks.iter().map(|k| k.id).collect();
+        let sound = self.generation > 0
+            && (1..=ROOTS_MAX).contains(&roots.len())
+            && distinct(&roots)
+            && self.roots.iter().all(|r| !r.uri.chars().any(char::is_control))
+            && !self.secret.is_empty()
+            && known(&self.secret)
+            && (1..=KEKS_MAX).contains(&ids.len())
+            && distinct(&ids)
+            && self.keks.iter().all(|k| k.is_sound() && known(&k.wraps))
+            && self.keks.iter().all(|k| {
+                // A destroyed KEK may outlive the record of the root key it was.
+                k.state == KekState::Destroyed || k.provider.is_none_or(|p| roots.contains(&p))
+            })
+            && self.keks.iter().filter(|k| k.state == KekState::Active).count() == 1;
+        if sound { Ok(()) } else { Err(Malformed) }
+    }
+}
+
+fn bounded(n: usize, max: usize) -> Result<usize, Malformed> {
+    if n <= max { Ok(n) } else { Err(Malformed) }
+}
+
+fn distinct<T: Ord + Copy>(ids: &[T]) -> bool {
+    let mut v = ids.to_vec();
+    v.sort_unstable();
+    v.windows(2).all(|w| w.first() != w.last())
+}
+
+fn wraps_len(wraps: &[Wrap]) -> usize {
+    2 + wraps.iter().map(|w| 18 + w.bytes.len()).sum::<usize>()
+}
+
+fn write_wraps(w: &mut Writer<'_>, wraps: &[Wrap]) -> Result<(), Malformed> {
+    w.u16(u16::try_from(wraps.len()).map_err(|_| Malformed)?)?;
+    for x in wraps {
+        w.put(x.root.as_bytes())?;
+        w.counted(&x.bytes, 1, WRAP_MAX)?;
+    }
+    Ok(())
+}
+
+fn read_wraps(r: &mut Reader<'_>) -> Result<Vec<Wrap>, Malformed> {
+    let n = bounded(r.u16()?.into(), ROOTS_MAX)?;
+    (0..n).map(|_| Ok(Wrap { root: RootKeyId(r.array()?), bytes: r.counted(1, WRAP_MAX)?.to_vec() })).collect()
+}
+
+fn read_root(r: &mut Reader<'_>) -> Result<RootKeyRecord, Malformed> {
+    let id = RootKeyId(r.array()?);
+    let uri = std::str::from_utf8(r.counted(1, URI_MAX)?).map_err(|_| Malformed)?.to_owned();
+    Ok(RootKeyRecord { id, uri })
+}
+
+fn write_kek(w: &mut Writer<'_>, k: &KekRecord) -> Result<(), Malformed> {
+    w.put(k.id.as_bytes())?;
+    w.u8(k.kind.to_byte())?;
+    w.u8(k.state.to_byte())?;
+    w.zeros(2)?;
+    for t in [k.created, k.activated, k.retired, k.unused, k.destroyed, 0] {
+        w.u64(t)?;
+    }
+    match k.provider {
+        Some(RootKeyId(id)) if id != [0; 16] => w.put(&id)?,
+        Some(_) => return Err(Malformed),
+        None => w.zeros(16)?,
+    }
+    write_wraps(w, &k.wraps)
+}
+
+fn read_kek(r: &mut Reader<'_>) -> Result<KekRecord, Malformed> {
+    let id = KekId(r.array()?);
+    let kind = KekKind::from_byte(r.u8()?)?;
+    let state = KekState::from_byte(r.u8()?)?;
+    r.zeros(2)?;
+    let (created, activated, retired) = (r.u64()?, r.u64()?, r.u64()?);
+    let (unused, destroyed) = (r.u64()?, r.u64()?);
+    r.zeros(8)?;
+    let provider = Some(RootKeyId(r.array()?)).filter(|p| p.0 != [0; 16]);
+    let wraps = read_wraps(r)?;
+    Ok(KekRecord { id, kind, state, created, activated, retired, unused, destroyed, provider, wraps })
+}

@@ -9,7 +9,11 @@ pub mod passphrase;
 pub mod scripted;
 pub mod uri;
 
+pub use passphrase::{Argon2Cost, PassphraseSource};
+pub use uri::{RootKeyUri, Scheme};
+
 use crate::crypto::secret::Secret32;
+use std::sync::Arc;
 
 /// What a wrapped key is for. Part of the context, so that one kind of wrapped key is never taken for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -162,5 +166,43 @@ pub trait KeyProvider: Send + Sync {
         let key = Secret32::random();
         let wrapped = self.wrap(&key, context)?;
         Ok((key, wrapped))
+    }
+}
+
+/// How to reach root keys: everything that must not stand in the keyring.
+#[derive(Debug, Clone, Default)]
+pub struct ConnectOptions {
+    /// Where passphrases come from. `None`: the systemd credential [`passphrase::CREDENTIAL`] if there is one, else
+    /// the terminal.
+    pub passphrase: Option<PassphraseSource>,
+    /// Cost of Argon2id for a newly set passphrase. `None`: the default.
+    pub argon2: Option<Argon2Cost>,
+}
+
+/// Makes the provider for `uri`. With `create`, a key file that is not there is made, and a passphrase is asked twice.
+///
+/// # Errors
+/// [`KmsError::Config`] for a kind of root key that is not built in; else as the provider's own.
+pub fn connect(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc<dyn KeyProvider>, KmsError> {
+    match uri.scheme() {
+        Scheme::KeyFile => match keyfile::KeyFile::open(uri) {
+            Err(KmsError::NotFound(_)) if create => Ok(Arc::new(keyfile::KeyFile::create(uri)?)),
+            opened => Ok(Arc::new(opened?)),
+        },
+        Scheme::Passphrase => {
+            let source = o.passphrase.clone().unwrap_or_else(default_source);
+            Ok(Arc::new(passphrase::PassphraseKey::open(&source, o.argon2.unwrap_or_default(), create)?))
+        }
+        s @ (Scheme::AwsKms | Scheme::GcpKms | Scheme::Vault | Scheme::Pkcs11) => Err(KmsError::Config(format!(
+            "{uri}: {} root keys are not built into this envelopefs; built in are keyfile: and passphrase:",
+            s.as_str()
+        ))),
+    }
+}
+
+fn default_source() -> PassphraseSource {
+    match passphrase::credential(passphrase::CREDENTIAL) {
+        Some(path) if path.exists() => PassphraseSource::SystemdCredential(passphrase::CREDENTIAL.into()),
+        _ => PassphraseSource::Terminal,
     }
 }

@@ -1,1 +1,351 @@
-//! To come.
+//! `passphrase:`: a root key derived from a passphrase by Argon2id (RFC 9106, version 0x13).
+//!
+//! Wrapped form, 92 bytes, little-endian: version u8 = 1 · reserved 3 × 0 · memory in KiB u32 · passes u32 · lanes
+//! u32 · salt 16 · [`GcmSiv::wrap`] (60) under derive(Argon2id(passphrase, salt), ROOT_WRAP, "") with
+//! [`WrapContext::to_aad`]. What parameters are accepted is bounded on reading, for they come from where an attacker
+//! may write.
+
+use super::{Capabilities, Description, KeyProvider, KmsError, WrapContext};
+use crate::crypto::aead::{GcmSiv, WRAPPED_LEN};
+use crate::crypto::kdf::{derive, label};
+use crate::crypto::random;
+use crate::crypto::secret::{KEY_LEN, Secret32};
+use crate::format::codec::{Malformed, Reader, Writer};
+use parking_lot::Mutex;
+use std::io::{self, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use zeroize::{Zeroize, Zeroizing};
+
+/// Longest passphrase, in bytes.
+pub const PASSPHRASE_MAX: usize = 4096;
+/// The systemd credential looked for when no source is given.
+pub const CREDENTIAL: &str = "envelopefs.passphrase";
+
+const SALT_LEN: usize = 16;
+const BLOB_LEN: usize = 16 + SALT_LEN + WRAPPED_LEN;
+const BLOB_VERSION: u8 = 1;
+
+/// Asks for a passphrase with the given prompt.
+pub type Prompt = Arc<dyn Fn(&str) -> io::Result<Zeroizing<String>> + Send + Sync>;
+
+/// Where a passphrase comes from.
+#[derive(Clone)]
+pub enum PassphraseSource {
+    /// Asked on the terminal; twice when a new one is set.
+    Terminal,
+    /// Asked by the caller's function; twice when a new one is set.
+    Prompt(Prompt),
+    /// The content of a file, without one trailing newline.
+    File(PathBuf),
+    /// The standard output of `sh -c COMMAND`, without one trailing newline.
+    Command(String),
+    /// A systemd credential by its name, in `$CREDENTIALS_DIRECTORY`, without one trailing newline.
+    SystemdCredential(String),
+    /// These bytes, for tests.
+    Fixed(Zeroizing<Vec<u8>>),
+}
+
+impl std::fmt::Debug for PassphraseSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Terminal => "Terminal",
+            Self::Prompt(_) => "Prompt",
+            Self::File(_) => "File",
+            Self::Command(_) => "Command",
+            Self::SystemdCredential(_) => "SystemdCredential",
+            Self::Fixed(_) => "Fixed",
+        })
+    }
+}
+
+/// Cost of Argon2id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Argon2Cost {
+    /// Memory in KiB.
+    pub memory_kib: u32,
+    /// Passes over it.
+    pub passes: u32,
+    /// Lanes.
+    pub lanes: u32,
+}
+
+impl Default for Argon2Cost {
+    /// 256 MiB, 3 passes, 4 lanes: about a second on a small machine; four times the memory of RFC 9106's second
+    /// recommended choice.
+    fn default() -> Self {
+        Self { memory_kib: 256 * 1024, passes: 3, lanes: 4 }
+    }
+}
+
+impl Argon2Cost {
+    /// The least that is accepted: 1 MiB, 1 pass. For tests.
+    pub const LEAST: Self = Self { memory_kib: 1024, passes: 1, lanes: 1 };
+
+    /// Whether a wrapped key with this cost is accepted: 1 MiB to 1 GiB, 1 to 16 passes, 1 to 16 lanes.
+    pub fn is_acceptable(&self) -> bool {
+        (1024..=1024 * 1024).contains(&self.memory_kib)
+            && (1..=16).contains(&self.passes)
+            && (1..=16).contains(&self.lanes)
+    }
+}
+
+/// A passphrase in secret memory, in pieces of 32 bytes.
+struct Passphrase {
+    pieces: Vec<Secret32>,
+    len: usize,
+}
+
+impl Passphrase {
+    fn new(bytes: &[u8]) -> Self {
+        let pieces = bytes.chunks(KEY_LEN).map(|c| Secret32::build(|b| b.iter_mut().zip(c).for_each(|(b, c)| *b = *c)));
+        Self { pieces: pieces.collect(), len: bytes.len() }
+    }
+
+    /// The bytes, in one piece, wiped when dropped.
+    fn assemble(&self) -> Zeroizing<Vec<u8>> {
+        let mut v = Zeroizing::new(Vec::with_capacity(self.pieces.len() * KEY_LEN));
+        self.pieces.iter().for_each(|p| v.extend_from_slice(p.expose()));
+        v.truncate(self.len);
+        v
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Derivation {
+    cost: Argon2Cost,
+    salt: [u8; SALT_LEN],
+}
+
+/// Most derived keys kept: one for each salt in use, which is one for each time the passphrase was set.
+const DERIVED_MAX: usize = 8;
+
+#[derive(Default)]
+struct Derived {
+    /// Key that wraps, by what it was derived with; the latest last.
+    keys: Vec<(Derivation, Arc<Secret32>)>,
+    /// What new wraps are made with: set by the first wrap, or the first unwrap that succeeded.
+    current: Option<Derivation>,
+    /// Argon2 runs so far.
+    runs: u64,
+}
+
+/// A root key from a passphrase.
+pub struct PassphraseKey {
+    passphrase: Passphrase,
+    cost: Argon2Cost,
+    derived: Mutex<Derived>,
+}
+
+impl std::fmt::Debug for PassphraseKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PassphraseKey(redacted)")
+    }
+}
+
+impl PassphraseKey {
+    /// Gets the passphrase from `source`; `cost` is for wraps under a new salt. With `create`, a terminal or prompt
+    /// asks twice.
+    ///
+    /// # Errors
+    /// [`KmsError::Credentials`] if the source gives none, an empty or a too long one, or two that differ;
+    /// [`KmsError::Config`] for a cost out of bounds.
+    pub fn open(source: &PassphraseSource, cost: Argon2Cost, create: bool) -> Result<Self, KmsError> {
+        if !cost.is_acceptable() {
+            return Err(KmsError::Config("Argon2 cost out of bounds: 1 MiB to 1 GiB, 1-16 passes, 1-16 lanes".into()));
+        }
+        let passphrase = read(source, create)?;
+        Ok(Self { passphrase, cost, derived: Mutex::default() })
+    }
+
+    /// Argon2 runs so far, for tests and statistics.
+    pub fn derivations(&self) -> u64 {
+        self.derived.lock().runs
+    }
+
+    /// The wrapping key for `with`. Held under the lock, so that callers at the same time cost one Argon2.
+    fn key(&self, derived: &mut Derived, with: Derivation) -> Result<Arc<Secret32>, KmsError> {
+        if let Some((_, k)) = derived.keys.iter().find(|(d, _)| *d == with) {
+            return Ok(k.clone());
+        }
+        derived.runs += 1;
+        let root = argon2id(&self.passphrase, with)?;
+        let key = Arc::new(derive(&root, label::ROOT_WRAP, b""));
+        if derived.keys.len() >= DERIVED_MAX {
+            derived.keys.remove(0);
+        }
+        derived.keys.push((with, key.clone()));
+        Ok(key)
+    }
+}
+
+fn argon2id(passphrase: &Passphrase, with: Derivation) -> Result<Secret32, KmsError> {
+    let c = with.cost;
+    let failed = |e: argon2::Error| KmsError::Config(format!("Argon2id: {e}"));
+    let params = argon2::Params::new(c.memory_kib, c.passes, c.lanes, Some(KEY_LEN)).map_err(failed)?;
+    let mut memory: Vec<argon2::Block> = Vec::new();
+    let blocks = params.block_count();
+    memory.try_reserve_exact(blocks).map_err(|_| failed(argon2::Error::OutOfMemory))?;
+    memory.resize(blocks, argon2::Block::default());
+    let argon = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params);
+    let text = passphrase.assemble();
+    let key = Secret32::try_build(|out| argon.hash_password_into_with_memory(&text, &with.salt, out, &mut memory));
+    // The memory's last blocks give the key away.
+    memory.iter_mut().for_each(Zeroize::zeroize);
+    key.map_err(failed)
+}
+
+fn no_passphrase(why: impl std::fmt::Display) -> KmsError {
+    KmsError::Credentials(format!("passphrase: {why}"))
+}
+
+fn read(source: &PassphraseSource, create: bool) -> Result<Passphrase, KmsError> {
+    match source {
+        PassphraseSource::Terminal => ask(&terminal, create),
+        PassphraseSource::Prompt(p) => ask(p.as_ref(), create),
+        PassphraseSource::File(path) => read_file(path),
+        PassphraseSource::Command(c) => run(c),
+        PassphraseSource::SystemdCredential(name) => match credential(name) {
+            Some(path) => read_file(&path),
+            None => Err(no_passphrase(format!("no systemd credential '{name}': CREDENTIALS_DIRECTORY is not set"))),
+        },
+        PassphraseSource::Fixed(bytes) => accept(bytes),
+    }
+}
+
+/// Where a systemd credential lies, if systemd gave this process any.
+pub fn credential(name: &str) -> Option<PathBuf> {
+    if name.is_empty() || name.contains('/') || name.starts_with('.') {
+        return None;
+    }
+    std::env::var_os("CREDENTIALS_DIRECTORY").map(|d| Path::new(&d).join(name))
+}
+
+fn terminal(prompt: &str) -> io::Result<Zeroizing<String>> {
+    if !io::stdin().is_terminal() && std::fs::File::open("/dev/tty").is_err() {
+        let why = "no terminal to ask on; use --passphrase-file or --passphrase-command";
+        return Err(io::Error::new(io::ErrorKind::NotFound, why));
+    }
+    rpassword::prompt_password(prompt).map(Zeroizing::new)
+}
+
+fn ask(
+    prompt: &(impl Fn(&str) -> io::Result<Zeroizing<String>> + ?Sized),
+    create: bool,
+) -> Result<Passphrase, KmsError> {
+    let first = prompt(if create { "New passphrase: " } else { "Passphrase: " }).map_err(no_passphrase)?;
+    let accepted = accept(first.as_bytes())?;
+    if create {
+        let again = prompt("The same again: ").map_err(no_passphrase)?;
+        if !crate::crypto::kdf::ct_eq(first.as_bytes(), again.as_bytes()) {
+            return Err(no_passphrase("the two differ; try again"));
+        }
+    }
+    Ok(accepted)
+}
+
+fn accept(bytes: &[u8]) -> Result<Passphrase, KmsError> {
+    match bytes.len() {
+        0 => Err(no_passphrase("it is empty")),
+        n if n > PASSPHRASE_MAX => Err(no_passphrase("it is longer than 4096 bytes")),
+        _ => Ok(Passphrase::new(bytes)),
+    }
+}
+
+fn accept_line(bytes: &[u8]) -> Result<Passphrase, KmsError> {
+    let line = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+    accept(line.strip_suffix(b"\r").unwrap_or(line))
+}
+
+/// Everything from `from`, into one buffer that is never moved and is wiped; at most what tells that it is too long.
+fn slurp(from: &mut impl Read) -> io::Result<Zeroizing<Vec<u8>>> {
+    let mut buf = Zeroizing::new(vec![0u8; PASSPHRASE_MAX + 3]);
+    let mut n = 0;
+    while let Some(rest) = buf.get_mut(n..).filter(|r| !r.is_empty()) {
+        match from.read(rest) {
+            Ok(0) => break,
+            Ok(k) => n += k,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    buf.truncate(n);
+    Ok(buf)
+}
+
+fn read_file(path: &Path) -> Result<Passphrase, KmsError> {
+    let failed = |e: io::Error| no_passphrase(format!("{}: {e}", path.display()));
+    let mut file = std::fs::File::open(path).map_err(failed)?;
+    accept_line(&slurp(&mut file).map_err(failed)?)
+}
+
+fn run(command: &str) -> Result<Passphrase, KmsError> {
+    let failed = |e: io::Error| no_passphrase(format!("command '{command}': {e}"));
+    let mut child = Command::new("/bin/sh").arg("-c").arg(command).stdout(Stdio::piped()).spawn().map_err(failed)?;
+    let output = match child.stdout.take() {
+        Some(mut out) => slurp(&mut out),
+        None => Err(io::Error::other("no output")),
+    };
+    // The pipe is closed by now, so a command that goes on writing ends by SIGPIPE.
+    let status = child.wait().map_err(failed)?;
+    let output = output.map_err(failed)?;
+    if output.len() <= PASSPHRASE_MAX + 2 && !status.success() {
+        return Err(no_passphrase(format!("command '{command}' failed: {status}")));
+    }
+    accept_line(&output)
+}
+
+fn encode(with: Derivation, wrapped: &[u8; WRAPPED_LEN]) -> Result<Vec<u8>, Malformed> {
+    let mut out = vec![0u8; BLOB_LEN];
+    let mut w = Writer::new(&mut out);
+    w.u8(BLOB_VERSION)?;
+    w.zeros(3)?;
+    w.u32(with.cost.memory_kib)?;
+    w.u32(with.cost.passes)?;
+    w.u32(with.cost.lanes)?;
+    w.put(&with.salt)?;
+    w.put(wrapped)?;
+    w.finish()?;
+    Ok(out)
+}
+
+fn decode(blob: &[u8]) -> Result<(Derivation, [u8; WRAPPED_LEN]), Malformed> {
+    let mut r = Reader::new(blob);
+    if r.u8()? != BLOB_VERSION {
+        return Err(Malformed);
+    }
+    r.zeros(3)?;
+    let cost = Argon2Cost { memory_kib: r.u32()?, passes: r.u32()?, lanes: r.u32()? };
+    let with = Derivation { cost, salt: r.array()? };
+    let wrapped = r.array()?;
+    r.finish()?;
+    if with.cost.is_acceptable() { Ok((with, wrapped)) } else { Err(Malformed) }
+}
+
+impl KeyProvider for PassphraseKey {
+    fn describe(&self) -> Result<Description, KmsError> {
+        let capabilities = Capabilities { binds_context: true, ..Capabilities::default() };
+        Ok(Description { uri: "passphrase:".into(), key_id: "passphrase".into(), capabilities })
+    }
+
+    fn wrap(&self, key: &Secret32, context: &WrapContext) -> Result<Vec<u8>, KmsError> {
+        let mut derived = self.derived.lock();
+        let with = derived.current.unwrap_or_else(|| Derivation { cost: self.cost, salt: random::array() });
+        let wrapping = self.key(&mut derived, with)?;
+        derived.current = Some(with);
+        drop(derived);
+        encode(with, &GcmSiv::wrap(&wrapping, &context.to_aad(), key))
+            .map_err(|Malformed| KmsError::Config("wrapped key does not fit its layout".into()))
+    }
+
+    fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError> {
+        let (with, sealed) = decode(wrapped)
+            .map_err(|Malformed| KmsError::BadCiphertext("not wrapped by a passphrase, or damaged".into()))?;
+        let wrapping = self.key(&mut self.derived.lock(), with)?;
+        let key = GcmSiv::unwrap(&wrapping, &context.to_aad(), &sealed)
+            .map_err(|_| KmsError::BadCiphertext("wrong passphrase, or damaged".into()))?;
+        self.derived.lock().current.get_or_insert(with);
+        Ok(key)
+    }
+}

@@ -1,1 +1,352 @@
-//! To come.
+//! Root key URIs: parsed, checked and brought to one canonical text, which is what the keyring records.
+//!
+//! The keyring lies where an attacker may write, so nothing in a recorded URI may choose which host gets
+//! credentials, which library is loaded, or what is run: endpoints, addresses, module paths and PIN sources are
+//! accepted on the command line at most and never part of the canonical text. Characters are limited to what the
+//! schemes need, so that a URI can be put into a message or a request path as it is.
+
+use super::KmsError;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Longest URI accepted, in bytes.
+pub const URI_MAX: usize = 1024;
+
+/// Kind of a root key, by its scheme.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Scheme {
+    Passphrase,
+    KeyFile,
+    AwsKms,
+    GcpKms,
+    Vault,
+    Pkcs11,
+}
+
+impl Scheme {
+    /// The scheme as it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Passphrase => "passphrase",
+            Self::KeyFile => "keyfile",
+            Self::AwsKms => "aws-kms",
+            Self::GcpKms => "gcp-kms",
+            Self::Vault => "vault",
+            Self::Pkcs11 => "pkcs11",
+        }
+    }
+}
+
+/// A parsed root key URI. `Display` is the canonical text; it holds no secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootKeyUri {
+    kind: Kind,
+    module_path: Option<PathBuf>,
+    pin_source: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Kind {
+    Passphrase,
+    KeyFile { path: String },
+    AwsKms { key: String, region: Option<String>, profile: Option<String> },
+    GcpKms { name: String },
+    Vault { mount: String, key: String },
+    Pkcs11 { attributes: Vec<(String, String)> },
+}
+
+fn bad(text: &str, why: &str) -> KmsError {
+    // What was typed may be long or hold control characters: shown escaped and cut.
+    let shown: String = text.chars().take(80).flat_map(char::escape_debug).collect();
+    KmsError::Config(format!("root key URI '{shown}': {why}"))
+}
+
+impl RootKeyUri {
+    /// Parses a URI given by the user.
+    ///
+    /// # Errors
+    /// [`KmsError::Config`] that says what is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, KmsError> {
+        if text.len() > URI_MAX {
+            return Err(bad(text, "longer than 1024 bytes"));
+        }
+        if text.chars().any(char::is_control) {
+            return Err(bad(text, "holds a control character"));
+        }
+        let (scheme, rest) = text.split_once(':').ok_or_else(|| bad(text, NO_SCHEME))?;
+        let plain = |kind| Self { kind, module_path: None, pin_source: None };
+        let parsed = match scheme {
+            "passphrase" if rest.is_empty() => Ok(plain(Kind::Passphrase)),
+            "passphrase" => Err("nothing may follow 'passphrase:' (a passphrase never stands in a URI)"),
+            "keyfile" => key_file(rest).map(plain),
+            "aws-kms" => aws(rest).map(plain),
+            "gcp-kms" => gcp(rest).map(plain),
+            "vault" => vault(rest).map(plain),
+            "pkcs11" => pkcs11(rest),
+            _ => Err(NO_SCHEME),
+        };
+        parsed.map_err(|why| bad(text, why))
+    }
+
+    /// Parses a URI recorded in a keyring: only the canonical text is accepted, so nothing that may only come from
+    /// the command line can come from there.
+    ///
+    /// # Errors
+    /// [`KmsError::Config`] if it does not parse or is not canonical.
+    pub fn recorded(text: &str) -> Result<Self, KmsError> {
+        let uri = Self::parse(text)?;
+        if uri.to_string() == text && uri.module_path.is_none() && uri.pin_source.is_none() {
+            Ok(uri)
+        } else {
+            Err(bad(
+                text,
+                "recorded in the keyring in a form this program does not write; give the root key with --key",
+            ))
+        }
+    }
+
+    /// Its scheme.
+    pub fn scheme(&self) -> Scheme {
+        match self.kind {
+            Kind::Passphrase => Scheme::Passphrase,
+            Kind::KeyFile { .. } => Scheme::KeyFile,
+            Kind::AwsKms { .. } => Scheme::AwsKms,
+            Kind::GcpKms { .. } => Scheme::GcpKms,
+            Kind::Vault { .. } => Scheme::Vault,
+            Kind::Pkcs11 { .. } => Scheme::Pkcs11,
+        }
+    }
+
+    /// The path of a `keyfile:`.
+    pub fn key_file(&self) -> Option<&Path> {
+        match &self.kind {
+            Kind::KeyFile { path } => Some(Path::new(path)),
+            _ => None,
+        }
+    }
+
+    /// The PKCS#11 module's path, if the command line gave one. Never recorded.
+    pub fn module_path(&self) -> Option<&Path> {
+        self.module_path.as_deref()
+    }
+
+    /// Where the PKCS#11 PIN comes from, if the command line said so. Never recorded.
+    pub fn pin_source(&self) -> Option<&str> {
+        self.pin_source.as_deref()
+    }
+}
+
+impl std::str::FromStr for RootKeyUri {
+    type Err = KmsError;
+
+    /// As [`RootKeyUri::parse`].
+    fn from_str(s: &str) -> Result<Self, KmsError> {
+        Self::parse(s)
+    }
+}
+
+impl fmt::Display for RootKeyUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.scheme().as_str())?;
+        match &self.kind {
+            Kind::Passphrase => Ok(()),
+            Kind::KeyFile { path } => f.write_str(path),
+            Kind::AwsKms { key, region, profile } => {
+                write!(f, "//{key}")?;
+                let mut mark = '?';
+                for (name, value) in [("region", region), ("profile", profile)] {
+                    if let Some(v) = value {
+                        write!(f, "{mark}{name}={v}")?;
+                        mark = '&';
+                    }
+                }
+                Ok(())
+            }
+            Kind::GcpKms { name } => write!(f, "//{name}"),
+            Kind::Vault { mount, key } => write!(f, "//{mount}/{key}"),
+            Kind::Pkcs11 { attributes } => {
+                let all: Vec<String> = attributes.iter().map(|(n, v)| format!("{n}={v}")).collect();
+                f.write_str(&all.join(";"))
+            }
+        }
+    }
+}
+
+const NO_SCHEME: &str = "unknown kind; use passphrase:, keyfile:/path, aws-kms://…, gcp-kms://…, vault://… or pkcs11:…";
+
+type Parsed<T> = Result<T, &'static str>;
+
+fn key_file(rest: &str) -> Parsed<Kind> {
+    let path = rest.strip_prefix("//").unwrap_or(rest);
+    if !path.starts_with('/') {
+        return Err("a key file's path must be absolute: keyfile:/path");
+    }
+    let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty() && *p != ".").collect();
+    if parts.is_empty() || path.ends_with('/') {
+        return Err("no file is named");
+    }
+    Ok(Kind::KeyFile { path: format!("/{}", parts.join("/")) })
+}
+
+fn is_word(s: &str, more: &str) -> bool {
+    !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c))
+}
+
+/// A path of names that can stand in a request as it is: no empty one, no `.` or `..`.
+fn is_path(s: &str, more: &str) -> bool {
+    s.split('/').all(|p| is_word(p, more) && p != "." && p != "..")
+}
+
+fn aws(rest: &str) -> Parsed<Kind> {
+    let rest = rest.strip_prefix("//").ok_or("write aws-kms://arn:aws:kms:… or aws-kms://alias/NAME")?;
+    let (key, query) = rest.split_once('?').map_or((rest, None), |(k, q)| (k, Some(q)));
+    let (mut region, mut profile) = (None, None);
+    for pair in query.into_iter().flat_map(|q| q.split('&')) {
+        let (name, value) = pair.split_once('=').ok_or("a parameter is name=value")?;
+        let slot = match name {
+            "region" if is_word(value, "-") => &mut region,
+            "profile" if is_word(value, "-_.@+") => &mut profile,
+            "region" | "profile" => return Err("characters in a parameter that it cannot have"),
+            _ => return Err("only region= and profile= can follow; endpoints come from the configuration"),
+        };
+        if slot.replace(value.to_owned()).is_some() {
+            return Err("a parameter is given twice");
+        }
+    }
+    let named = key.strip_prefix("alias/").is_some_and(|n| is_path(n, "-_"));
+    if !(named || is_arn(key) || is_word(key, "-")) {
+        return Err("the key is an ARN (arn:aws:kms:REGION:ACCOUNT:key/ID or …:alias/NAME), alias/NAME or a key id");
+    }
+    Ok(Kind::AwsKms { key: key.to_owned(), region, profile })
+}
+
+fn is_arn(key: &str) -> bool {
+    let parts: Vec<&str> = key.split(':').collect();
+    match parts.as_slice() {
+        ["arn", partition, "kms", region, account, resource] => {
+            is_word(partition, "-")
+                && is_word(region, "-")
+                && is_word(account, "")
+                && (resource.strip_prefix("key/").is_some_and(|k| is_word(k, "-"))
+                    || resource.strip_prefix("alias/").is_some_and(|a| is_path(a, "-_")))
+        }
+        _ => false,
+    }
+}
+
+fn gcp(rest: &str) -> Parsed<Kind> {
+    const FORM: &str = "write gcp-kms://projects/P/locations/L/keyRings/R/cryptoKeys/K";
+    let name = rest.strip_prefix("//").ok_or(FORM)?;
+    let parts: Vec<&str> = name.split('/').collect();
+    match parts.as_slice() {
+        ["projects", p, "locations", l, "keyRings", r, "cryptoKeys", k]
+            if is_path(p, "-.:") && [l, r, k].iter().all(|s| is_word(s, "-_")) =>
+        {
+            Ok(Kind::GcpKms { name: name.to_owned() })
+        }
+        _ => Err(FORM),
+    }
+}
+
+fn vault(rest: &str) -> Parsed<Kind> {
+    const FORM: &str =
+        "write vault://MOUNT/KEYNAME; the address comes from VAULT_ADDR or BAO_ADDR or the configuration";
+    let path = rest.strip_prefix("//").ok_or(FORM)?;
+    let (mount, key) = path.trim_end_matches('/').rsplit_once('/').ok_or(FORM)?;
+    if !is_path(mount, "-_.") || !is_path(key, "-_.") {
+        return Err(FORM);
+    }
+    Ok(Kind::Vault { mount: mount.to_owned(), key: key.to_owned() })
+}
+
+/// Path attributes of RFC 7512, in the order of the canonical text.
+const PKCS11_PATH: [&str; 13] = [
+    "token",
+    "manufacturer",
+    "serial",
+    "model",
+    "object",
+    "type",
+    "id",
+    "library-manufacturer",
+    "library-description",
+    "library-version",
+    "slot-manufacturer",
+    "slot-description",
+    "slot-id",
+];
+
+fn pkcs11(rest: &str) -> Parsed<RootKeyUri> {
+    let (path, query) = rest.split_once('?').map_or((rest, None), |(p, q)| (p, Some(q)));
+    let mut attributes: Vec<(String, String)> = Vec::new();
+    for pair in path.split(';').filter(|p| !p.is_empty()) {
+        let (name, value) = pair.split_once('=').ok_or("an attribute is name=value")?;
+        if !PKCS11_PATH.contains(&name) {
+            return Err("an attribute that RFC 7512 does not name");
+        }
+        if attributes.iter().any(|(n, _)| n == name) {
+            return Err("an attribute is given twice");
+        }
+        attributes.push((name.to_owned(), canonical_percent(value)?));
+    }
+    if !attributes.iter().any(|(n, _)| n == "object" || n == "id") {
+        return Err("object= or id= must name the key");
+    }
+    attributes.sort_by_key(|(n, _)| PKCS11_PATH.iter().position(|p| p == n));
+    let mut uri = RootKeyUri { kind: Kind::Pkcs11 { attributes }, module_path: None, pin_source: None };
+    for pair in query.into_iter().flat_map(|q| q.split('&')) {
+        match pair.split_once('=') {
+            Some(("module-path", v)) if uri.module_path.is_none() => {
+                let p = PathBuf::from(percent_text(v)?);
+                if !p.is_absolute() {
+                    return Err("module-path must be absolute");
+                }
+                uri.module_path = Some(p);
+            }
+            Some(("pin-source", v)) if uri.pin_source.is_none() => uri.pin_source = Some(percent_text(v)?),
+            Some(("pin-value", _)) => {
+                return Err("a PIN never stands in a URI, where others can see it; use pin-source=");
+            }
+            _ => return Err("only one module-path= and one pin-source= can follow '?'"),
+        }
+    }
+    Ok(uri)
+}
+
+fn percent_decode(text: &str) -> Parsed<Vec<u8>> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(c) = rest.next() {
+        if c != b'%' {
+            out.push(c);
+            continue;
+        }
+        let mut hex = || rest.next().and_then(|d| char::from(d).to_digit(16)).ok_or("a % without two hex digits");
+        let (hi, lo) = (hex()?, hex()?);
+        out.push((hi << 4 | lo) as u8);
+    }
+    Ok(out)
+}
+
+fn percent_text(text: &str) -> Parsed<String> {
+    let s = String::from_utf8(percent_decode(text)?).map_err(|_| "not UTF-8 after decoding %xx")?;
+    if s.is_empty() || s.chars().any(char::is_control) { Err("an empty value or a control character") } else { Ok(s) }
+}
+
+/// One spelling for each value: unreserved characters as they are, all else as `%XX`.
+fn canonical_percent(text: &str) -> Parsed<String> {
+    let bytes = percent_decode(text)?;
+    if bytes.is_empty() {
+        return Err("an attribute is empty");
+    }
+    let mut s = String::new();
+    for b in bytes {
+        let c = char::from(b);
+        if c.is_ascii_alphanumeric() || "-._~".contains(c) {
+            s.push(c);
+        } else {
+            s.push_str(&format!("%{b:02X}"));
+        }
+    }
+    Ok(s)
+}

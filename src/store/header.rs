@@ -1,1 +1,126 @@
-//! To come.
+//! Headers of backing files: read the slots, get the DEK, make a new header.
+//!
+//! Invariants of the two slots, which every writer here and in `rotation` keeps:
+//!
+//! * at every instant at least one slot unwraps to the file's DEK;
+//! * both slots hold the same DEK; it never changes in a rewrap;
+//! * the sequence never goes back;
+//! * nothing is wrapped under a KEK that is not active.
+
+use super::error::{Result, StoreError};
+use super::keys::KekHandle;
+use super::shared::Shared;
+use crate::backing::{self, Backing};
+use crate::crypto::secret::Dek;
+use crate::format::damage::Damage;
+use crate::format::geometry::SLOT;
+use crate::format::header::{Slot, SlotPair};
+use crate::format::ids::FileId;
+use crate::kms::WRAPPED_MAX;
+use std::sync::Arc;
+
+/// Bytes of both slots.
+pub const SLOTS_LEN: usize = 2 * SLOT;
+
+/// Reads both slots of a backing file. `Ok(None)` for an empty file: it has no header and no key.
+///
+/// # Errors
+/// The backing directory's, or [`Damage::HeaderShort`].
+pub fn read_slots<B: Backing>(b: &B, file: &B::File) -> Result<Option<(SlotPair, [u8; SLOTS_LEN])>> {
+    let mut bytes = [0u8; SLOTS_LEN];
+    let n = backing::read_into(b, file, &mut bytes, 0)?;
+    if n == 0 {
+        return Ok(None);
+    }
+    let pair = SlotPair::decode(bytes.get(..n).unwrap_or_default())?;
+    Ok(Some((pair, bytes)))
+}
+
+/// The DEK of a header, proven to be it: commitment and MAC are checked also when it comes from the cache.
+///
+/// The slot with the higher sequence counts. If it does not open, an intact other slot is used and a warning logged:
+/// both hold the same DEK, and what opens is authentic either way.
+///
+/// # Errors
+/// [`Damage`] for whatever is wrong with the authoritative slot; the key service's errors.
+pub fn open_dek<B: Backing>(shared: &Shared<B>, pair: &SlotPair) -> Result<(Arc<Dek>, Slot)> {
+    let (copy, slot) = pair.authoritative()?;
+    let first = match unwrap_cached(shared, slot) {
+        Ok(dek) => return Ok((dek, slot.clone())),
+        Err(e @ StoreError::Damage(_)) => e,
+        Err(e) => return Err(e),
+    };
+    if let Ok(other) = pair.get(copy.other())
+        && other != slot
+        && let Ok(dek) = unwrap_cached(shared, other)
+    {
+        tracing::warn!(file = %slot.file, "the newer header slot does not open ({first}); using the other");
+        return Ok((dek, other.clone()));
+    }
+    Err(first)
+}
+
+fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Arc<Dek>> {
+    check_store(shared, slot)?;
+    if let Some(dek) = shared.deks.get(&slot.file) {
+        slot.verify(&dek)?;
+        return Ok(dek);
+    }
+    let dek = Arc::new(unwrap_slot(&*shared.keys.kek(slot.kek)?, slot)?);
+    shared.deks.put(slot.file, Arc::clone(&dek));
+    Ok(dek)
+}
+
+fn check_store<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<()> {
+    if slot.store == shared.keys.store_id() { Ok(()) } else { Err(Damage::ForeignStore(slot.store).into()) }
+}
+
+/// Unwraps a slot's DEK with its KEK, past every cache, and proves commitment and MAC.
+///
+/// # Errors
+/// [`Damage::WrapAuth`], [`Damage::Commitment`], [`Damage::HeaderMac`], or the key service's.
+pub fn unwrap_slot(kek: &KekHandle, slot: &Slot) -> Result<Dek> {
+    let dek = kek.unwrap(&slot.wrap_aad(), slot.file, &slot.wrapped)?;
+    slot.verify(&dek)?;
+    Ok(dek)
+}
+
+/// `slot` wrapped anew under `kek` with sequence `sequence`; the new wrap is unwrapped and compared before it is
+/// returned.
+///
+/// # Errors
+/// The key service's; [`Damage::WrapAuth`] if what it returned does not unwrap to the same DEK.
+pub fn wrap_slot(kek: &KekHandle, slot: &Slot, dek: &Dek, sequence: u64) -> Result<Slot> {
+    let mut new = slot.clone();
+    new.sequence = sequence;
+    new.kek = kek.id();
+    new.wrap_suite = kek.wrap_suite();
+    new.wrapped = kek.wrap(&new.wrap_aad(), new.file, dek)?;
+    if new.wrapped.is_empty() || new.wrapped.len() > WRAPPED_MAX {
+        return Err(Damage::WrapAuth(kek.id()).into());
+    }
+    if !unwrap_slot(kek, &new)?.secret().ct_eq(dek.secret()) {
+        return Err(Damage::WrapAuth(kek.id()).into());
+    }
+    Ok(new)
+}
+
+/// Makes a new file's identity and key and calls `write` with its slot while the activation lock is held: once a newer
+/// KEK is active, no header under the old one can still be on its way to disk.
+///
+/// # Errors
+/// The key service's, and those of `write`.
+pub fn with_new_header<B: Backing, R>(
+    shared: &Shared<B>,
+    write: impl FnOnce(Arc<Dek>, &Slot) -> Result<R>,
+) -> Result<R> {
+    let dek = Arc::new(Dek::random());
+    let file = FileId::random();
+    let plain = Slot::new(shared.keys.store_id(), file, &dek);
+    shared.keys.with_active(|kek| {
+        let slot = wrap_slot(kek, &plain, &dek, 1)?;
+        let r = write(Arc::clone(&dek), &slot)?;
+        shared.deks.put(file, Arc::clone(&dek));
+        Ok(r)
+    })
+}

@@ -1,1 +1,61 @@
-//! To come.
+//! What every part of an open store shares.
+
+use super::dek_cache::DekCache;
+use super::file::SettleQueue;
+use super::keys::Keys;
+use crate::backing::Backing;
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// The open store's common parts.
+pub struct Shared<B: Backing> {
+    pub backing: B,
+    pub keys: Keys,
+    pub deks: DekCache,
+    pub read_only: bool,
+    pub inode_locks: InodeLocks,
+    /// Files that wait for a barrier before they are marked clean.
+    pub settle: SettleQueue<B>,
+}
+
+impl<B: Backing> Shared<B> {
+    /// Puts an opened backing directory and its opened keyring together.
+    pub fn new(backing: B, keys: Keys, deks: DekCache, read_only: bool) -> Self {
+        Self { backing, keys, deks, read_only, inode_locks: InodeLocks::new(), settle: SettleQueue::default() }
+    }
+}
+
+/// A lock for each backing inode, by striping: what changes an inode's times on the way holds it.
+///
+/// *Shared*: data writes, truncates, and every call whose new mtime users shall see (including an explicit utimens).
+/// *Exclusive*: whoever writes the file but keeps its times (rewrap, setting CLEAN): it reads the times, writes, and
+/// puts them back, and must not put back a time from before someone else's write. Creating a header and truncating to
+/// empty are exclusive too, so that they and a rewrap never meet in the slots.
+///
+/// Lock order: a file's `inner` first, then this one, then a segment's; never two stripes at once.
+pub struct InodeLocks {
+    stripes: Box<[RwLock<()>]>,
+}
+
+const STRIPES: usize = 1024;
+
+impl InodeLocks {
+    fn new() -> Self {
+        Self { stripes: (0..STRIPES).map(|_| RwLock::new(())).collect() }
+    }
+
+    fn stripe(&self, dev: u64, ino: u64) -> &RwLock<()> {
+        // Inode numbers of neighbouring files are neighbours: a multiplicative hash spreads them.
+        let h = (ino ^ dev.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        &self.stripes[(h >> 54) as usize % STRIPES]
+    }
+
+    /// For a change whose time users shall see.
+    pub fn shared(&self, dev: u64, ino: u64) -> RwLockReadGuard<'_, ()> {
+        self.stripe(dev, ino).read()
+    }
+
+    /// For a change that keeps the times, or that makes or unmakes a header.
+    pub fn exclusive(&self, dev: u64, ino: u64) -> RwLockWriteGuard<'_, ()> {
+        self.stripe(dev, ino).write()
+    }
+}

@@ -1,1 +1,289 @@
-//! To come.
+//! Files: one [`FileCore`] for each regular inode that anybody has open, one [`OpenFile`] for each handle.
+//!
+//! # Locks, in the order they are taken
+//! 1. [`FileCore`]'s `inner`: shared for reads and for writes inside the present size; exclusive for whatever changes
+//!    the size, the header, or what is open.
+//! 2. The inode's stripe in [`super::shared::InodeLocks`]. Reads take none.
+//! 3. One segment's lock: shared for reads, exclusive for writes. Never two segments' at once.
+//!
+//! # What a killed daemon leaves
+//! States are written before the data they speak for, each over its older copy. So each block of a file that was being
+//! written matches its entry in the newer or in the older state copy, and opening the file again finds out which.
+
+mod io;
+mod load;
+mod resize;
+mod segment;
+mod settle;
+#[cfg(test)]
+mod tests;
+
+pub use resize::FileAllocate;
+pub use settle::SettleQueue;
+
+use super::error::{Result, StoreError};
+use super::shared::Shared;
+use crate::backing::{Access, Backing, Stat};
+use crate::crypto::aead::BlockCipher;
+use crate::crypto::kdf::{self, label};
+use crate::crypto::secret::Dek;
+use crate::format::damage::Damage;
+use crate::format::header::Slot;
+use crate::format::ids::FileId;
+use parking_lot::{RwLock, RwLockReadGuard};
+use segment::Segments;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The keys of one file, derived from its DEK.
+pub(super) struct FileKeys {
+    /// Pins the DEK in the cache's accounting while the file is open.
+    _dek: Arc<Dek>,
+    pub(super) file: FileId,
+    content: BlockCipher,
+    state: BlockCipher,
+    /// The header has no flag that forbids this program to write.
+    writable: bool,
+}
+
+impl FileKeys {
+    fn new(dek: Arc<Dek>, slot: &Slot) -> Self {
+        let derive = |l| BlockCipher::new(&kdf::derive(dek.secret(), l, &slot.file.0));
+        Self {
+            content: derive(label::CONTENT),
+            state: derive(label::STATE),
+            file: slot.file,
+            writable: slot.writable(),
+            _dek: dek,
+        }
+    }
+}
+
+/// What is open of a file. Guarded by `FileCore::inner`.
+struct Inner<B: Backing> {
+    /// The backing file, open while any handle is or while the file waits to be settled.
+    file: Option<Arc<B::File>>,
+    access: Access,
+    dev: u64,
+    ino: u64,
+    opens: usize,
+    writers: usize,
+    /// Plaintext size in bytes.
+    size: u64,
+    /// `None`: the file is empty and has no header.
+    keys: Option<Arc<FileKeys>>,
+    /// The newest state of segment 0 on disk says CLEAN.
+    clean: bool,
+    /// Whole segments may be absent.
+    sparse: bool,
+    /// A cleared CLEAN is known to be durable, so the size may change without the old promise outliving the change.
+    unclean_durable: bool,
+    /// The file holds content that an fsync or an earlier session may have promised to somebody.
+    promised: bool,
+    /// The size changed since the last barrier.
+    resized: bool,
+    /// Counts changes of size, header and CLEAN: a barrier covers only what it saw begin.
+    changes: u64,
+    /// A shrink that a read-only mount found unfinished: the last block still has this many bytes on disk.
+    tail_on_disk: Option<(u64, usize)>,
+    /// Waits in the settle queue.
+    settling: bool,
+}
+
+/// One regular inode's content.
+pub struct FileCore<B: Backing> {
+    shared: Arc<Shared<B>>,
+    node: Arc<B::Node>,
+    inner: RwLock<Inner<B>>,
+    segments: Segments,
+    /// Blocks may match the older state copy: the file was not closed cleanly, or a write failed half-way.
+    recovering: AtomicBool,
+}
+
+impl<B: Backing> FileCore<B> {
+    /// The core of an inode that is not open. No I/O. There must be at most one for an inode: the node table sees to it.
+    pub fn new(shared: &Arc<Shared<B>>, node: Arc<B::Node>) -> Arc<Self> {
+        Arc::new(Self {
+            shared: Arc::clone(shared),
+            node,
+            inner: RwLock::new(Inner {
+                file: None,
+                access: Access::Read,
+                dev: 0,
+                ino: 0,
+                opens: 0,
+                writers: 0,
+                size: 0,
+                keys: None,
+                clean: false,
+                sparse: false,
+                unclean_durable: false,
+                promised: false,
+                resized: false,
+                changes: 0,
+                tail_on_disk: None,
+                settling: false,
+            }),
+            segments: Segments::new(),
+            recovering: AtomicBool::new(false),
+        })
+    }
+
+    /// The core of a file made just now, empty, and the handle that came with it.
+    ///
+    /// # Errors
+    /// If the new file cannot be examined.
+    pub fn with_new_file(
+        shared: &Arc<Shared<B>>,
+        node: Arc<B::Node>,
+        file: B::File,
+    ) -> Result<(Arc<Self>, OpenFile<B>)> {
+        let core = Self::new(shared, node);
+        let st = shared.backing.stat_file(&file)?;
+        {
+            let mut inner = core.inner.write();
+            inner.file = Some(Arc::new(file));
+            inner.access = Access::ReadWrite;
+            (inner.dev, inner.ino) = (st.dev, st.ino);
+            (inner.opens, inner.writers) = (1, 1);
+        }
+        let open = OpenFile { core: Arc::clone(&core), writer: true };
+        Ok((core, open))
+    }
+
+    /// Opens a handle. Reads the header and segment 0's state and unwraps the DEK unless another handle has done so.
+    ///
+    /// # Errors
+    /// [`Damage`] if the header or the length is not what was sealed, the key service's errors, the backing
+    /// directory's, [`StoreError::ReadOnly`].
+    pub fn open(self: &Arc<Self>, access: Access) -> Result<OpenFile<B>> {
+        let writer = access == Access::ReadWrite;
+        if writer && self.shared.read_only {
+            return Err(StoreError::ReadOnly);
+        }
+        let mut inner = self.inner.write();
+        if inner.file.is_none() {
+            self.load(&mut inner, access)?;
+        } else if writer && inner.access == Access::Read {
+            let file = self.shared.backing.open(&self.node, access)?;
+            inner.file = Some(Arc::new(file));
+            inner.access = access;
+            if self.is_recovering() {
+                // What a crash left was settled in memory only while nobody could write.
+                self.segments.clear();
+            }
+        }
+        if writer && inner.keys.as_ref().is_some_and(|k| !k.writable) {
+            self.close_if_unused(&mut inner);
+            return Err(StoreError::ReadOnly);
+        }
+        inner.opens += 1;
+        inner.writers += usize::from(writer);
+        Ok(OpenFile { core: Arc::clone(self), writer })
+    }
+
+    /// Lets go of everything if no handle is open and nothing waits to be settled.
+    fn close_if_unused(&self, inner: &mut Inner<B>) {
+        if inner.opens == 0 && !inner.settling {
+            inner.file = None;
+            inner.keys = None;
+            inner.tail_on_disk = None;
+            self.segments.clear();
+        }
+    }
+
+    /// truncate(2) without a handle.
+    ///
+    /// # Errors
+    /// As [`FileCore::open`] and [`OpenFile::set_len`].
+    pub fn set_len(self: &Arc<Self>, len: u64) -> Result<()> {
+        // An empty result needs neither header nor key: a file whose KEK is gone can still be emptied.
+        if len == 0 && self.empty_closed()? {
+            return Ok(());
+        }
+        self.open(Access::ReadWrite)?.set_len(len)
+    }
+
+    /// Whether blocks may match the older state copy.
+    fn is_recovering(&self) -> bool {
+        self.recovering.load(Ordering::Relaxed)
+    }
+
+    fn set_recovering(&self, yes: bool) {
+        self.recovering.store(yes, Ordering::Relaxed);
+    }
+
+    /// The file's id, if it is open and not empty. For log lines.
+    pub fn file_id(&self) -> Option<FileId> {
+        self.inner.read().keys.as_ref().map(|k| k.file)
+    }
+
+    /// Present plaintext size, if the file is open. Agrees with what stat of the backing file gives.
+    pub fn open_len(&self) -> Option<u64> {
+        let inner = self.inner.read();
+        inner.file.is_some().then_some(inner.size)
+    }
+}
+
+impl<B: Backing> Inner<B> {
+    fn backing_file(&self) -> Result<&Arc<B::File>> {
+        // Handles keep the file open; only a handle leads here.
+        self.file.as_ref().ok_or(StoreError::Invalid)
+    }
+}
+
+/// One open handle. Dropping it closes it.
+pub struct OpenFile<B: Backing> {
+    core: Arc<FileCore<B>>,
+    writer: bool,
+}
+
+impl<B: Backing> OpenFile<B> {
+    /// The inode's core.
+    pub fn core(&self) -> &Arc<FileCore<B>> {
+        &self.core
+    }
+
+    /// Whether this handle may write.
+    pub fn is_writer(&self) -> bool {
+        self.writer
+    }
+
+    /// Plaintext size in bytes.
+    pub fn len(&self) -> u64 {
+        self.core.inner.read().size
+    }
+
+    /// Whether the file is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// stat(2) of the backing file, with its ciphertext size.
+    ///
+    /// # Errors
+    /// The backing directory's.
+    pub fn stat(&self) -> Result<Stat> {
+        let inner = self.core.inner.read();
+        Ok(self.core.shared.backing.stat_file(inner.backing_file()?)?)
+    }
+
+    fn writable(&self) -> Result<()> {
+        if self.writer { Ok(()) } else { Err(StoreError::NotPermitted) }
+    }
+
+    fn read_lock(&self) -> RwLockReadGuard<'_, Inner<B>> {
+        self.core.inner.read()
+    }
+}
+
+impl<B: Backing> Drop for OpenFile<B> {
+    fn drop(&mut self) {
+        self.core.released(self.writer);
+    }
+}
+
+/// Every damage found on read or open is logged the same way: file id, code, and words with the block number.
+fn log_damage(keys: &FileKeys, d: &Damage) {
+    tracing::error!(file = %keys.file, code = d.code(), "{d}");
+}

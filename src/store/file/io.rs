@@ -1,0 +1,325 @@
+//! Reading and writing blocks.
+
+use super::segment::Loaded;
+use super::{FileCore, FileKeys, Inner, OpenFile, log_damage};
+use crate::backing::Backing;
+use crate::crypto::aead::NONCE_LEN;
+use crate::crypto::random;
+use crate::format::damage::Damage;
+use crate::format::geometry::{self, BLOCK, PAGE, PLAIN_MAX, SEGMENT_BLOCKS, SegmentRange};
+use crate::format::header::Slot;
+use crate::format::state::{self, CLEAN, Entry, FileState, SegmentState};
+use crate::store::error::{Result, StoreError};
+use crate::store::header;
+use std::cell::RefCell;
+use std::sync::Arc;
+
+thread_local! {
+    /// Ciphertext on its way to or from disk, one segment's at most; kept so that no request allocates.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A change to a byte range: the bytes to put there, or zeros.
+#[derive(Clone, Copy)]
+pub(super) struct Patch<'a> {
+    pub at: u64,
+    pub data: &'a [u8],
+}
+
+impl Patch<'_> {
+    fn end(&self) -> u64 {
+        self.at + self.data.len() as u64
+    }
+}
+
+impl<B: Backing> OpenFile<B> {
+    /// Reads from `off` into `buf`; returns the bytes read, fewer than asked only at the end of the file.
+    ///
+    /// # Errors
+    /// [`Damage::BlockAuth`] and the other damages of the range read; other blocks stay readable.
+    pub fn read(&self, off: u64, buf: &mut [u8]) -> Result<usize> {
+        let inner = self.read_lock();
+        let n = inner.size.saturating_sub(off).min(buf.len() as u64) as usize;
+        let (Some(buf), Some(keys)) = (buf.get_mut(..n), inner.keys.as_deref()) else { return Ok(0) };
+        if n == 0 {
+            return Ok(0);
+        }
+        let end = off + n as u64;
+        for r in geometry::by_segment(off / PAGE, end.div_ceil(PAGE)) {
+            let from = off.max(r.first * PAGE);
+            let to = end.min(r.end * PAGE);
+            let part = &mut buf[(from - off) as usize..(to - off) as usize];
+            self.core.with_segment(&inner, keys, r.segment, |l| self.core.read_range(&inner, keys, l, r, from, part))?;
+        }
+        Ok(n)
+    }
+
+    /// Writes all of `data` at `off`, extending the file if need be.
+    ///
+    /// # Errors
+    /// [`StoreError::TooLarge`], [`StoreError::NotPermitted`] on a handle for reading, damage of a block that is only
+    /// partly overwritten, the key service's for the first byte of a file, the backing directory's. After an error of
+    /// the backing directory (a full disk) each block is as it was or as it should have become.
+    pub fn write(&self, off: u64, data: &[u8]) -> Result<usize> {
+        self.writable()?;
+        if data.is_empty() {
+            return Ok(0);
+        }
+        let end = off.checked_add(data.len() as u64).filter(|e| *e <= PLAIN_MAX).ok_or(StoreError::TooLarge)?;
+        let patch = Patch { at: off, data };
+        {
+            let inner = self.read_lock();
+            if let (true, false, Some(keys)) = (end <= inner.size, inner.clean, inner.keys.as_deref()) {
+                let _times = self.core.shared.inode_locks.shared(inner.dev, inner.ino);
+                self.core.write_range(&inner, keys, patch, inner.size)?;
+                return Ok(data.len());
+            }
+        }
+        let mut inner = self.core.inner.write();
+        self.core.write_exclusive(&mut inner, patch)?;
+        Ok(data.len())
+    }
+}
+
+impl<B: Backing> FileCore<B> {
+    /// Reads the plaintext bytes `from..from + out.len()`, all inside the blocks of `r`.
+    fn read_range(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        l: &Loaded,
+        r: SegmentRange,
+        from: u64,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let to = from + out.len() as u64;
+        let whole = from == r.first * PAGE && (to == r.end * PAGE || to == inner.size) && inner.tail_on_disk.is_none();
+        if whole {
+            return self.read_blocks(inner, keys, l, r, out);
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let len = (r.end - 1 - r.first) as usize * BLOCK + self.disk_len(inner, r.end - 1);
+            scratch.resize(len, 0);
+            self.read_blocks(inner, keys, l, r, scratch)?;
+            let skip = (from - r.first * PAGE) as usize;
+            let part = scratch.get(skip..skip + out.len()).ok_or(StoreError::Invalid)?;
+            out.copy_from_slice(part);
+            Ok(())
+        })
+    }
+
+    /// Reads whole blocks; `out` is as long as their ciphertext, only the last of them possibly short.
+    fn read_blocks(&self, inner: &Inner<B>, keys: &FileKeys, l: &Loaded, r: SegmentRange, out: &mut [u8]) -> Result<()> {
+        let first = geometry::first_block(r.segment);
+        let entry = |block: u64| l.state.entry((block - first) as usize);
+        if (r.first..r.end).all(|b| entry(b).is_hole()) {
+            out.fill(0);
+            return Ok(());
+        }
+        self.read_raw(inner, r.first, out)?;
+        for (block, data) in (r.first..r.end).zip(out.chunks_mut(BLOCK)) {
+            let e = entry(block);
+            if e.is_hole() {
+                data.fill(0);
+            } else if keys.content.open(&e.nonce, &state::block_aad(keys.file, block), &e.tag, data).is_err() {
+                data.fill(0);
+                let d = Damage::BlockAuth { block };
+                log_damage(keys, &d);
+                return Err(d.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes with the file's lock held exclusively: makes the header, clears CLEAN, fills up to the patch.
+    pub(super) fn write_exclusive(&self, inner: &mut Inner<B>, patch: Patch<'_>) -> Result<()> {
+        let keys = self.begin_change(inner, patch.end() > inner.size)?;
+        if patch.at > inner.size {
+            self.extend(inner, &keys, patch.at)?;
+        }
+        let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
+        let size = inner.size.max(patch.end());
+        let r = self.write_range(inner, &keys, patch, size);
+        self.settle_size(inner, size, r)
+    }
+
+    /// Takes over the new size after a change, or finds out what the size is if the change failed half-way.
+    pub(super) fn settle_size(&self, inner: &mut Inner<B>, size: u64, r: Result<()>) -> Result<()> {
+        if r.is_err() {
+            let st = self.shared.backing.stat_file(inner.backing_file()?)?;
+            inner.size = geometry::plain_size(st.size);
+            // Entries of blocks that never came to be lie beyond the end; reading the states again drops them.
+            self.segments.clear();
+            self.set_recovering(true);
+        } else {
+            inner.size = size;
+        }
+        r
+    }
+
+    /// What must be on disk before a file's content changes: a header, and CLEAN cleared. Before the *size* of a file
+    /// changes whose content somebody was promised, the cleared CLEAN must be durable: if the new size survived a power
+    /// cut and the cleared flag did not, the whole file would count as tampered with.
+    pub(super) fn begin_change(&self, inner: &mut Inner<B>, resize: bool) -> Result<Arc<FileKeys>> {
+        let keys = match &inner.keys {
+            Some(k) => Arc::clone(k),
+            None => self.create_header(inner)?,
+        };
+        if inner.clean {
+            self.change_file_state(inner, &keys, |f| f.flags &= !CLEAN)?;
+            inner.clean = false;
+            inner.unclean_durable = false;
+            inner.changes += 1;
+        }
+        if resize {
+            if inner.promised && !inner.unclean_durable {
+                self.shared.backing.sync_file(inner.backing_file()?)?;
+                inner.unclean_durable = true;
+            }
+            inner.resized = true;
+            inner.changes += 1;
+        }
+        Ok(keys)
+    }
+
+    /// Writes segment 0's state with a changed length or flags.
+    pub(super) fn change_file_state(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        change: impl FnOnce(&mut FileState),
+    ) -> Result<()> {
+        self.with_segment_mut(inner, keys, 0, |l| {
+            change(&mut l.state.file);
+            self.store_segment(inner, keys, 0, l)
+        })
+    }
+
+    /// Gives an empty file its identity and key: page 0 with both slots and the first state, in one write.
+    fn create_header(&self, inner: &mut Inner<B>) -> Result<Arc<FileKeys>> {
+        let file = Arc::clone(inner.backing_file()?);
+        let _slots = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
+        if self.shared.backing.stat_file(&file)?.size != 0 {
+            // The remains of a first page that never became whole.
+            self.shared.backing.truncate(&file, 0)?;
+        }
+        let (keys, l) = header::with_new_header(&self.shared, |dek, slot| {
+            let keys = FileKeys::new(dek, slot);
+            let (page, state) = first_page(&keys, slot);
+            self.shared.backing.write_at(&file, &page, 0)?;
+            Ok((keys, Loaded { state, newest: geometry::Copy2::A, unsaved: false }))
+        })?;
+        let keys = Arc::new(keys);
+        self.segments.clear();
+        self.put_segment0(l);
+        self.set_recovering(false);
+        inner.keys = Some(Arc::clone(&keys));
+        (inner.clean, inner.sparse, inner.promised, inner.unclean_durable) = (false, false, false, false);
+        Ok(keys)
+    }
+
+    /// Writes the patch. `size` is the plaintext size that results; the patch does not begin beyond the present one.
+    pub(super) fn write_range(&self, inner: &Inner<B>, keys: &FileKeys, patch: Patch<'_>, size: u64) -> Result<()> {
+        for r in geometry::by_segment(patch.at / PAGE, patch.end().div_ceil(PAGE)) {
+            self.with_segment_mut(inner, keys, r.segment, |l| self.write_segment(inner, keys, l, r, patch, size))?;
+        }
+        Ok(())
+    }
+
+    /// One segment's part of a write: new entries into the state, the state to disk, then the data.
+    fn write_segment(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        l: &mut Loaded,
+        r: SegmentRange,
+        patch: Patch<'_>,
+        size: u64,
+    ) -> Result<()> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let last = geometry::block_len(r.end - 1, size);
+            scratch.resize((r.end - 1 - r.first) as usize * BLOCK + last, 0);
+            for (block, out) in (r.first..r.end).zip(scratch.chunks_mut(BLOCK)) {
+                self.compose(inner, keys, l, block, patch, out)?;
+            }
+            seal_blocks(keys, l, r, scratch);
+            self.store_segment(inner, keys, r.segment, l)?;
+            let at = geometry::block_offset(r.first);
+            Ok(self.shared.backing.write_at(inner.backing_file()?, scratch, at)?)
+        })
+    }
+
+    /// The block's new plaintext: the patch over what was there, zeros where nothing was.
+    fn compose(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        l: &Loaded,
+        block: u64,
+        patch: Patch<'_>,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let start = block * PAGE;
+        let end = start + out.len() as u64;
+        let (from, to) = (patch.at.max(start), patch.end().min(end));
+        if from > start || to < end {
+            let old = geometry::block_len(block, inner.size).min(out.len());
+            out[old..].fill(0);
+            if old > 0 {
+                self.read_blocks_of_old(inner, keys, l, block, &mut out[..old])?;
+            }
+        }
+        if let Some(n) = to.checked_sub(from) {
+            let skip = (from - patch.at) as usize;
+            out[(from - start) as usize..(to - start) as usize].copy_from_slice(&patch.data[skip..skip + n as usize]);
+        }
+        Ok(())
+    }
+
+    /// A block's present plaintext. `out` may be shorter than the block: a shrink keeps only its beginning.
+    pub(super) fn read_blocks_of_old(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        l: &Loaded,
+        block: u64,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let segment = geometry::segment_of(block);
+        let r = SegmentRange { segment, first: block, end: block + 1 };
+        let mut whole = [0u8; BLOCK];
+        let whole = &mut whole[..geometry::block_len(block, inner.size)];
+        self.read_blocks(inner, keys, l, r, whole)?;
+        let n = out.len();
+        out.copy_from_slice(whole.get(..n).ok_or(StoreError::Invalid)?);
+        Ok(())
+    }
+}
+
+/// Encrypts the blocks of `r` in place and puts their new entries into the state.
+pub(super) fn seal_blocks(keys: &FileKeys, l: &mut Loaded, r: SegmentRange, data: &mut [u8]) {
+    let first = geometry::first_block(r.segment);
+    // One call to the kernel for all nonces of the request.
+    let mut nonces = [0u8; NONCE_LEN * SEGMENT_BLOCKS as usize];
+    let nonces = &mut nonces[..NONCE_LEN * (r.end - r.first) as usize];
+    random::fill(nonces);
+    for ((block, data), n) in (r.first..r.end).zip(data.chunks_mut(BLOCK)).zip(nonces.as_chunks::<NONCE_LEN>().0) {
+        let tag = keys.content.seal(n, &state::block_aad(keys.file, block), data);
+        l.state.set((block - first) as usize, Entry { nonce: *n, tag });
+    }
+}
+
+/// Page 0 of a new file: the slot twice, the first state in copy A, nothing in copy B.
+fn first_page(keys: &FileKeys, slot: &Slot) -> ([u8; PAGE as usize], SegmentState) {
+    let mut page = [0u8; PAGE as usize];
+    let bytes = slot.encode();
+    page[..geometry::SLOT].copy_from_slice(&bytes);
+    page[geometry::SLOT..2 * geometry::SLOT].copy_from_slice(&bytes);
+    let mut state = SegmentState::EMPTY;
+    state.sequence = 1;
+    let mut sealed = [0u8; geometry::STATE];
+    state::seal(&keys.state, keys.file, 0, &state, random::array(), &mut sealed);
+    let at = geometry::state_offset(0, geometry::Copy2::A) as usize;
+    page[at..at + geometry::STATE0].copy_from_slice(&sealed[..geometry::STATE0]);
+    (page, state)
+}

@@ -1,0 +1,147 @@
+//! Opening: from a backing file's header, first state and size to what is true of its content.
+
+use super::segment::{Copies, Loaded};
+use super::{FileCore, FileKeys, Inner, log_damage};
+use crate::backing::{self, Access, Backing};
+use crate::format::damage::Damage;
+use crate::format::geometry::{self, Copy2, PAGE};
+use crate::format::header::SlotPair;
+use crate::format::state::{CLEAN, FileState, SPARSE, TRUNCATING};
+use crate::store::error::{Result, StoreError};
+use crate::store::header;
+use std::sync::Arc;
+
+/// What the sealed length and flags say about a backing size. Pure.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Closed cleanly, size as sealed.
+    Clean,
+    /// Not closed cleanly: blocks may match the older state copy.
+    Unclean,
+    /// A shrink to the sealed length was begun and the backing file is still longer.
+    Truncating,
+}
+
+/// Judges a backing file's size against what was sealed.
+///
+/// # Errors
+/// [`Damage::SizeShort`], [`Damage::SizeGrown`].
+pub(super) fn judge(sealed: FileState, backing_size: u64) -> std::result::Result<Verdict, Damage> {
+    let actual = geometry::plain_size(backing_size);
+    if actual < sealed.length {
+        return Err(Damage::SizeShort { sealed: sealed.length, actual });
+    }
+    if sealed.has(CLEAN) {
+        let exact = actual == sealed.length && backing_size == geometry::backing_size(sealed.length).max(PAGE);
+        return if exact { Ok(Verdict::Clean) } else { Err(Damage::SizeGrown { sealed: sealed.length, actual }) };
+    }
+    if sealed.has(TRUNCATING) && actual > sealed.length { Ok(Verdict::Truncating) } else { Ok(Verdict::Unclean) }
+}
+
+impl<B: Backing> FileCore<B> {
+    /// Opens the backing file and reads what a handle needs. On error nothing stays open.
+    pub(super) fn load(&self, inner: &mut Inner<B>, access: Access) -> Result<()> {
+        let r = self.try_load(inner, access);
+        if r.is_err() {
+            inner.file = None;
+            inner.keys = None;
+            self.segments.clear();
+        }
+        r
+    }
+
+    fn try_load(&self, inner: &mut Inner<B>, access: Access) -> Result<()> {
+        let file = Arc::new(self.shared.backing.open(&self.node, access)?);
+        let st = self.shared.backing.stat_file(&file)?;
+        (inner.dev, inner.ino) = (st.dev, st.ino);
+        inner.size = geometry::plain_size(st.size);
+        inner.access = access;
+        (inner.clean, inner.sparse, inner.unclean_durable) = (false, false, false);
+        (inner.promised, inner.resized, inner.tail_on_disk, inner.keys) = (false, false, None, None);
+        self.segments.clear();
+        self.set_recovering(false);
+        if st.size == 0 {
+            inner.file = Some(file);
+            return Ok(());
+        }
+        let mut page = [0u8; PAGE as usize];
+        let n = backing::read_into(&self.shared.backing, &file, &mut page, 0)?;
+        let pair = SlotPair::decode(page.get(..n).unwrap_or_default());
+        let (dek, slot) = match pair.map_err(StoreError::from).and_then(|p| header::open_dek(&self.shared, &p)) {
+            Ok(found) => found,
+            Err(StoreError::Damage(d)) if inner.size == 0 && unborn(&d) => {
+                // A new file whose first page never reached the disk: no content, so nothing is lost. The first write
+                // starts it afresh.
+                inner.file = Some(file);
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
+        let keys = Arc::new(FileKeys::new(dek, &slot));
+        inner.file = Some(file);
+        inner.keys = Some(Arc::clone(&keys));
+        inner.promised = true;
+        let r = self.load_state(inner, &keys, &mut page, st.size, access);
+        if let Err(StoreError::Damage(d)) = &r {
+            log_damage(&keys, d);
+        }
+        r
+    }
+
+    fn load_state(
+        &self,
+        inner: &mut Inner<B>,
+        keys: &FileKeys,
+        page: &mut [u8; PAGE as usize],
+        backing_size: u64,
+        access: Access,
+    ) -> Result<()> {
+        let at = geometry::state_offset(0, Copy2::A) as usize;
+        let (loaded, older) = Copies::open(keys, 0, &mut page[at..]).choose()?;
+        let sealed = loaded.state.file;
+        inner.sparse = sealed.has(SPARSE);
+        match judge(sealed, backing_size)? {
+            Verdict::Clean => inner.clean = true,
+            Verdict::Unclean => self.set_recovering(true),
+            Verdict::Truncating => {
+                self.set_recovering(true);
+                return self.finish_shrink(inner, keys, sealed.length, access, loaded, older);
+            }
+        }
+        let loaded = self.reconcile(inner, keys, 0, loaded, older)?;
+        self.put_segment0(loaded);
+        Ok(())
+    }
+
+    pub(super) fn put_segment0(&self, loaded: Loaded) {
+        *self.segments.get(0).write() = Some(loaded);
+    }
+}
+
+/// Whether a header's damage is what the loss of a never-synced first page looks like.
+fn unborn(d: &Damage) -> bool {
+    matches!(d, Damage::HeaderMagic | Damage::HeaderUnreadable | Damage::HeaderShort)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_judged_by_the_flags() {
+        let sealed = |length, flags| FileState { length, flags };
+        let size = geometry::backing_size;
+        assert_eq!(judge(sealed(100, CLEAN), size(100)), Ok(Verdict::Clean));
+        assert_eq!(judge(sealed(100, CLEAN), size(99)), Err(Damage::SizeShort { sealed: 100, actual: 99 }));
+        assert_eq!(judge(sealed(100, CLEAN), size(101)), Err(Damage::SizeGrown { sealed: 100, actual: 101 }));
+        // Grown inside the state pages: same plaintext size, other backing size.
+        let full = 131_072;
+        assert_eq!(judge(sealed(full, CLEAN), size(full)), Ok(Verdict::Clean));
+        assert!(judge(sealed(full, CLEAN), size(full) + 1).is_err());
+        assert_eq!(judge(sealed(100, 0), size(5000)), Ok(Verdict::Unclean));
+        assert!(judge(sealed(100, 0), size(50)).is_err());
+        assert_eq!(judge(sealed(100, TRUNCATING), size(5000)), Ok(Verdict::Truncating));
+        assert_eq!(judge(sealed(100, TRUNCATING), size(100)), Ok(Verdict::Unclean));
+        assert_eq!(judge(sealed(0, CLEAN), 4096), Ok(Verdict::Clean));
+    }
+}

@@ -1,0 +1,137 @@
+//! Closing: a file that was written gets its CLEAN flag and its sealed length.
+//!
+//! The flag is a promise that the size on disk is exact, so it may become durable only when the size is. A new file
+//! that nobody was promised anything about gets it at once. One whose earlier content was promised, and whose size has
+//! changed since the last barrier, waits in a short queue: [`super::super::Store`]'s `settle` syncs it, then sets the flag,
+//! away from the user's close(2). If the daemon dies first, the file is found unclean, which loses nothing.
+
+use super::{FileCore, FileKeys, Inner};
+use crate::backing::Backing;
+use crate::format::geometry::{self, PAGE};
+use crate::format::state::CLEAN;
+use crate::store::error::{Result, StoreError};
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Files that wait; over this many the oldest is settled by whoever adds one.
+const QUEUE_MAX: usize = 512;
+
+/// Files closed by their last writer that wait for a barrier before they may be called clean.
+pub struct SettleQueue<B: Backing>(Mutex<VecDeque<(Instant, Arc<FileCore<B>>)>>);
+
+impl<B: Backing> Default for SettleQueue<B> {
+    fn default() -> Self {
+        Self(Mutex::new(VecDeque::new()))
+    }
+}
+
+impl<B: Backing> SettleQueue<B> {
+    fn push(&self, core: Arc<FileCore<B>>) -> Option<Arc<FileCore<B>>> {
+        let mut q = self.0.lock();
+        q.push_back((Instant::now(), core));
+        if q.len() > QUEUE_MAX { q.pop_front().map(|(_, c)| c) } else { None }
+    }
+
+    fn pop_idle(&self, min_idle: Duration) -> Option<Arc<FileCore<B>>> {
+        let mut q = self.0.lock();
+        q.pop_front_if(|(since, _)| since.elapsed() >= min_idle).map(|(_, c)| c)
+    }
+
+    /// How many files wait.
+    pub fn len(&self) -> usize {
+        self.0.lock().len()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Settles the files that have waited for at least `min_idle`. A file that cannot be settled stays unclean, which is
+    /// logged and loses nothing.
+    pub fn settle(&self, min_idle: Duration) {
+        while let Some(core) = self.pop_idle(min_idle) {
+            core.settle();
+        }
+    }
+}
+
+impl<B: Backing> FileCore<B> {
+    /// A handle was closed.
+    pub(super) fn released(self: &Arc<Self>, writer: bool) {
+        let mut inner = self.inner.write();
+        inner.opens -= 1;
+        inner.writers -= usize::from(writer);
+        let mut overflow = None;
+        if writer && inner.writers == 0 && !inner.clean && inner.keys.is_some() {
+            if inner.promised && inner.resized {
+                if !inner.settling {
+                    inner.settling = true;
+                    overflow = self.shared.settle.push(Arc::clone(self));
+                }
+            } else {
+                self.mark_clean_or_log(&mut inner);
+            }
+        }
+        self.close_if_unused(&mut inner);
+        drop(inner);
+        if let Some(oldest) = overflow {
+            oldest.settle();
+        }
+    }
+
+    fn settle(&self) {
+        let mut inner = self.inner.write();
+        inner.settling = false;
+        if inner.writers == 0 && !inner.clean && inner.keys.is_some() {
+            self.mark_clean_or_log(&mut inner);
+        }
+        self.close_if_unused(&mut inner);
+    }
+
+    fn mark_clean_or_log(&self, inner: &mut Inner<B>) {
+        let Some(keys) = inner.keys.clone() else { return };
+        if let Err(e) = self.mark_clean(inner, &keys) {
+            tracing::warn!(file = %keys.file, "file stays marked as not closed cleanly: {e}");
+        }
+    }
+
+    fn mark_clean(&self, inner: &mut Inner<B>, keys: &FileKeys) -> Result<()> {
+        if self.is_recovering() {
+            // CLEAN forbids the older state copy: every segment's newest must be true first.
+            for segment in 0..geometry::segment_count(inner.size) {
+                self.with_segment_mut(inner, keys, segment, |_| Ok(()))?;
+            }
+        }
+        let file = inner.backing_file()?;
+        let _times = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
+        let size = geometry::backing_size(inner.size).max(PAGE);
+        let length = inner.size;
+        self.keeping_times(inner, || {
+            if self.shared.backing.stat_file(file)?.size != size {
+                // Ends inside state pages that a write never came to use.
+                self.shared.backing.truncate(file, size)?;
+            }
+            if inner.promised && inner.resized {
+                self.shared.backing.sync_file(file)?;
+            }
+            self.change_file_state(inner, keys, |f| {
+                f.length = length;
+                f.flags |= CLEAN;
+            })
+        })?;
+        self.set_recovering(false);
+        (inner.clean, inner.resized) = (true, false);
+        // From here on a reader may hold this content to be complete.
+        inner.promised = true;
+        Ok(())
+    }
+
+    /// Whether the file is marked as closed cleanly on disk; for tests and `check`.
+    pub fn is_clean(&self) -> Result<bool> {
+        let inner = self.inner.read();
+        if inner.file.is_some() { Ok(inner.clean) } else { Err(StoreError::Invalid) }
+    }
+}

@@ -1,0 +1,272 @@
+//! The command line, as clap reads it. Help texts here are what users and the manual page show.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+
+/// Transparent encryption of a directory: one wrapped key per file, key rotation in place.
+#[derive(Debug, Parser)]
+#[command(name = "envelopefs", version, max_term_width = 110, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a new store in an empty directory
+    Init(InitArgs),
+    /// Mount a store
+    Mount(MountArgs),
+    /// Unmount, and wait until everything is written back
+    Unmount(UnmountArgs),
+    /// Say what a store is and how it stands
+    Status(StatusArgs),
+    /// Re-wrap every file's key under a new KEK, mounted or not
+    Rotate(RotateArgs),
+    /// List, add and remove root keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Look for damage
+    Check(CheckArgs),
+    /// Say in words what the header of a file in the backing directory holds; needs no key
+    Inspect(InspectArgs),
+    /// Measure the ciphers on this machine
+    Speed(SpeedArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+    /// What mount(8) calls as mount.fuse.envelopefs
+    #[command(hide = true, disable_help_flag = true)]
+    MountHelper {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, num_args = 0..)]
+        args: Vec<String>,
+    },
+}
+
+/// Where root keys are looked for.
+#[derive(Debug, Args, Default, Clone)]
+pub struct KeySource {
+    /// Root key: passphrase:, keyfile:/PATH; repeat for several. Replaces what the keyring records
+    #[arg(long = "key", value_name = "URI")]
+    pub keys: Vec<String>,
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
+}
+
+/// Where a passphrase comes from; without any of these, from the terminal.
+#[derive(Debug, Args, Default, Clone)]
+pub struct PassphraseArgs {
+    /// Read the passphrase from the first line of FILE
+    #[arg(long, value_name = "FILE", conflicts_with = "passphrase_command")]
+    pub passphrase_file: Option<PathBuf>,
+    /// Read the passphrase from the first line COMMAND (run by sh) prints
+    #[arg(long, value_name = "COMMAND")]
+    pub passphrase_command: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KekKindArg {
+    /// A random key wrapped by the root keys: opening a file calls no key service
+    Sealed,
+    /// The key in the provider itself: every file opened is a call to it
+    External,
+}
+
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Directory for the ciphertext; made if it is not there
+    pub backing: PathBuf,
+    #[command(flatten)]
+    pub key: KeySource,
+    /// Kind of the first KEK
+    #[arg(long, value_enum, default_value = "sealed")]
+    pub kek: KekKindArg,
+    /// Leave file names as they are
+    #[arg(long)]
+    pub plaintext_names: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// Backing directory, or the name of a [store.NAME] table in the configuration
+    #[arg(value_name = "BACKING|NAME")]
+    pub store: String,
+    /// Where to mount; may be left out if the configuration says
+    pub mountpoint: Option<PathBuf>,
+    /// Stay in the foreground, log to standard error, notify systemd
+    #[arg(long)]
+    pub foreground: bool,
+    /// Mount read-only
+    #[arg(long)]
+    pub read_only: bool,
+    /// Let other users use the mount
+    #[arg(long)]
+    pub allow_other: bool,
+    /// Mount options as in fstab, separated by commas
+    #[arg(short = 'o', value_name = "OPT", value_delimiter = ',')]
+    pub options: Vec<String>,
+    #[command(flatten)]
+    pub key: KeySource,
+    /// Configuration file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Log to FILE, not to the system log
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+    /// Log what is at least this grave: error, warn, info, debug, trace
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<tracing::Level>,
+    /// FUSE threads
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: Option<u16>,
+    /// The background daemon's end of the readiness pipe
+    #[arg(long, hide = true, value_name = "FD")]
+    pub ready_fd: Option<i32>,
+}
+
+#[derive(Debug, Args)]
+pub struct UnmountArgs {
+    pub mountpoint: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Mount point or backing directory
+    #[arg(value_name = "MOUNTPOINT|BACKING")]
+    pub target: PathBuf,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RotateArgs {
+    /// Mount point or backing directory
+    #[arg(value_name = "MOUNTPOINT|BACKING")]
+    pub target: PathBuf,
+    /// Root key for the new KEK: passphrase:, keyfile:/PATH; repeat for several. Without: those of the keyring
+    #[arg(long = "key", value_name = "URI")]
+    pub keys: Vec<String>,
+    /// Root key that opens the store now (unmounted stores). Without: those of the keyring
+    #[arg(long = "open-key", value_name = "URI")]
+    pub open_keys: Vec<String>,
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
+    /// Kind of the new KEK
+    #[arg(long, value_enum, default_value = "sealed")]
+    pub kek: KekKindArg,
+    /// At most N files a second
+    #[arg(long, value_name = "N")]
+    pub rate: Option<NonZeroU32>,
+    /// N worker threads
+    #[arg(long, value_name = "N")]
+    pub jobs: Option<NonZeroUsize>,
+    /// Count what would be done, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Leave the rotation to the daemon and return
+    #[arg(long)]
+    pub detach: bool,
+    /// Pause the rotation under way
+    #[arg(long, group = "steer")]
+    pub pause: bool,
+    /// Let a paused rotation go on
+    #[arg(long, group = "steer")]
+    pub resume: bool,
+    /// Stop the rotation under way; a later rotate finishes it
+    #[arg(long, group = "steer")]
+    pub cancel: bool,
+    /// Destroy the old KEK once no header names it
+    #[arg(long)]
+    pub destroy_old: bool,
+    /// One JSON object at the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// List root keys and KEKs; needs no key
+    List {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add a root key: from then on it opens the store too
+    Add {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// The new root key
+        #[arg(value_name = "URI")]
+        uri: String,
+        /// Read the new passphrase from the first line of FILE
+        #[arg(long, value_name = "FILE")]
+        new_passphrase_file: Option<PathBuf>,
+        #[command(flatten)]
+        key: KeySource,
+    },
+    /// Remove a root key; the last one cannot be removed
+    Remove {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// Id of the root key as `key list` shows it, or its URI if only one has it
+        #[arg(value_name = "ID|URI")]
+        which: String,
+        #[command(flatten)]
+        key: KeySource,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The backing directory
+    pub backing: PathBuf,
+    /// Read and authenticate every block
+    #[arg(long)]
+    pub deep: bool,
+    /// Look only at what can be seen without keys
+    #[arg(long, conflicts_with_all = ["keys", "deep"])]
+    pub no_key: bool,
+    #[command(flatten)]
+    pub key: KeySource,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A file in the backing directory
+    #[arg(value_name = "BACKING-FILE")]
+    pub file: PathBuf,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SpeedArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

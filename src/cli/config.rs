@@ -1,0 +1,143 @@
+//! The configuration file: TOML, unknown keys refused. `config.example.toml` shows every key; a test parses it.
+
+use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::process;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The whole file.
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// For every store that does not say otherwise.
+    pub defaults: Defaults,
+    /// Stores by name.
+    pub store: BTreeMap<String, StoreConfig>,
+}
+
+/// `[defaults]`.
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Defaults {
+    pub log_file: Option<PathBuf>,
+    pub log_level: Option<String>,
+    /// FUSE threads.
+    pub threads: Option<u16>,
+    pub dek_cache: DekCacheConfig,
+}
+
+/// `dek_cache`: how long file keys stay in memory after their last use.
+#[derive(Debug, Default, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DekCacheConfig {
+    /// At most this many keys of files that are not open.
+    pub entries: Option<usize>,
+    /// Seconds after which a key is dropped and unwrapped again.
+    pub max_age: Option<u64>,
+    /// Seconds without use after which a key is dropped.
+    pub max_idle: Option<u64>,
+}
+
+/// `[store.NAME]`.
+#[derive(Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreConfig {
+    pub backing: PathBuf,
+    #[serde(default)]
+    pub mountpoint: Option<PathBuf>,
+    /// Root key URIs; replace those of the keyring.
+    #[serde(default)]
+    pub keys: Vec<String>,
+    #[serde(default)]
+    pub passphrase_file: Option<PathBuf>,
+    #[serde(default)]
+    pub passphrase_command: Option<String>,
+    #[serde(default)]
+    pub read_only: bool,
+    #[serde(default)]
+    pub allow_other: bool,
+    /// Mount options, as after `-o`.
+    #[serde(default)]
+    pub options: Vec<String>,
+    #[serde(default)]
+    pub log_file: Option<PathBuf>,
+    #[serde(default)]
+    pub threads: Option<u16>,
+}
+
+impl Config {
+    /// Reads `given`, or else the first of the usual places that exists, or else nothing.
+    ///
+    /// # Errors
+    /// [`FaultKind::Config`] if `given` cannot be read, or a file is not what it should be.
+    pub fn load(given: Option<&Path>) -> Result<Self, Fault> {
+        if let Some(p) = given {
+            let text = std::fs::read_to_string(p).map_err(|e| unusable(p, &crate::daemon::fault::plain(&e)))?;
+            return parse(&text).map_err(|e| unusable(p, &e));
+        }
+        for p in places() {
+            match std::fs::read_to_string(&p) {
+                Ok(text) => return parse(&text).map_err(|e| unusable(&p, &e)),
+                Err(e) if e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::NotADirectory => {}
+                Err(e) => return Err(unusable(&p, &crate::daemon::fault::plain(&e))),
+            }
+        }
+        Ok(Self::default())
+    }
+}
+
+/// Parses the text of a configuration file.
+///
+/// # Errors
+/// One line that says where and why.
+pub fn parse(text: &str) -> Result<Config, String> {
+    toml::from_str(text).map_err(|e| {
+        let line = e.span().map(|s| text.get(..s.start).unwrap_or_default().matches('\n').count() + 1);
+        let message = e.message().to_string();
+        line.map_or(message.clone(), |l| format!("line {l}: {message}"))
+    })
+}
+
+fn unusable(path: &Path, why: &str) -> Fault {
+    Fault::new(FaultKind::Config, format!("configuration {}: {why}", path.display()))
+}
+
+/// Where a configuration is looked for without `--config`.
+fn places() -> Vec<PathBuf> {
+    let system = PathBuf::from("/etc/envelopefs/config.toml");
+    if process::uid() == 0 {
+        return vec![system];
+    }
+    let user = std::env::var_os("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".config")));
+    user.map(|d| d.join("envelopefs/config.toml")).into_iter().chain([system]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_is_valid_and_shows_every_key() {
+        let text = include_str!("../../config.example.toml");
+        let c = parse(text).unwrap();
+        let s = &c.store["home"];
+        assert!(s.mountpoint.is_some() && !s.keys.is_empty() && !s.options.is_empty());
+        assert!(c.defaults.dek_cache.entries.is_some() && c.defaults.threads.is_some());
+        for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"] {
+            assert!(text.contains(key), "{key}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_their_line() {
+        let e = parse("[store.a]\nbacking = \"/x\"\nkeyz = []\n").unwrap_err();
+        assert!(e.starts_with("line 3:") && e.contains("keyz"), "{e}");
+        assert!(parse("[stores.a]\n").is_err());
+        assert!(parse("[store.a]\n").unwrap_err().contains("backing"));
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+}

@@ -1,0 +1,105 @@
+//! The volume lock: one process at a time has a store, through flock(2) on `.envelopefs/lock`.
+//!
+//! The kernel drops the lock when the process ends, however it ends, so there is no stale lock. What the file holds (who
+//! has it) is for people only and is never trusted.
+
+use super::fault::{Fault, FaultKind, plain};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+/// A held lock; dropping it lets the store go.
+#[derive(Debug)]
+pub struct VolumeLock {
+    _file: File,
+}
+
+impl VolumeLock {
+    /// Takes the lock of the store at `backing`, for `purpose` ("mount", "rotate", …).
+    ///
+    /// # Errors
+    /// [`FaultKind::Locked`] if another process has it; [`FaultKind::NotAStore`] if there is no `.envelopefs`.
+    pub fn take(backing: &Path, purpose: &str) -> Result<Self, Fault> {
+        let mut file = open(backing)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(locked(backing, &mut file)),
+            Err(e) => return Err(Fault::io("lock the store", backing, &e.into())),
+        }
+        // For people; a read-only backing directory has no room for it.
+        let _ = file.set_len(0);
+        let _ = writeln!(file, "pid {} for {purpose}", std::process::id());
+        Ok(Self { _file: file })
+    }
+
+    /// Waits until nobody has the lock of the store at `backing`. Returns at once if there is no lock file.
+    pub fn wait_free(backing: &Path) {
+        if let Ok(f) = open(backing) {
+            let _ = flock(&f, FlockOperation::LockShared);
+        }
+    }
+
+    /// Whether some process has the store at `backing` now.
+    pub fn is_taken(backing: &Path) -> bool {
+        open(backing)
+            .is_ok_and(|f| flock(&f, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK))
+    }
+}
+
+fn open(backing: &Path) -> Result<File, Fault> {
+    let path = backing.join(".envelopefs/lock");
+    let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let opened =
+        rustix::fs::open(&path, flags | OFlags::RDWR | OFlags::CREATE, Mode::RUSR | Mode::WUSR).or_else(|e| match e {
+            rustix::io::Errno::ROFS => rustix::fs::open(&path, flags | OFlags::RDONLY, Mode::empty()),
+            e => Err(e),
+        });
+    opened.map(File::from).map_err(|e| match e {
+        rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => {
+            Fault::new(FaultKind::NotAStore, format!("{} is not an envelopefs store", backing.display()))
+        }
+        e => Fault::io("open", &path, &e.into()),
+    })
+}
+
+fn locked(backing: &Path, file: &mut File) -> Fault {
+    let mut who = String::new();
+    let _ = file.take(80).read_to_string(&mut who).map_err(|e| plain(&e));
+    let who: String = who.trim().chars().filter(|c| c.is_ascii_alphanumeric() || *c == ' ').collect();
+    let by = if who.is_empty() { "another process".to_string() } else { format!("another process ({who})") };
+    Fault::new(FaultKind::Locked, format!("store {} is in use by {by}", backing.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_taker_is_refused_until_the_first_lets_go() {
+        let d = tempfile::tempdir().unwrap();
+        assert_eq!(VolumeLock::take(d.path(), "mount").unwrap_err().kind, FaultKind::NotAStore);
+        std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
+        assert!(!VolumeLock::is_taken(d.path()));
+        let held = VolumeLock::take(d.path(), "mount").unwrap();
+        let e = VolumeLock::take(d.path(), "rotate").unwrap_err();
+        assert_eq!(e.kind, FaultKind::Locked);
+        assert!(e.message.contains("for mount"), "{}", e.message);
+        assert!(VolumeLock::is_taken(d.path()));
+        drop(held);
+        assert!(!VolumeLock::is_taken(d.path()));
+        VolumeLock::wait_free(d.path());
+        VolumeLock::take(d.path(), "rotate").unwrap();
+    }
+
+    #[test]
+    fn a_symbolic_link_in_place_of_the_lock_is_refused() {
+        let d = tempfile::tempdir().unwrap();
+        std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
+        let victim = d.path().join("victim");
+        std::fs::write(&victim, "keep").unwrap();
+        std::os::unix::fs::symlink(&victim, d.path().join(".envelopefs/lock")).unwrap();
+        assert!(VolumeLock::take(d.path(), "mount").is_err());
+        assert_eq!(std::fs::read(&victim).unwrap(), b"keep");
+    }
+}

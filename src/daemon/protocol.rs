@@ -1,0 +1,222 @@
+//! The control protocol: one JSON object a line, over the store's socket. A client sends one [`Request`]; the daemon
+//! answers with [`Reply`] lines, of which all but [`Reply::Progress`] are the last. The protocol is internal to one
+//! version of the program; scripts use `--json` of the command line.
+
+use super::fault::Fault;
+use crate::rotation::{Report, Status};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::io::{self, BufRead, Write};
+use std::num::{NonZeroU32, NonZeroUsize};
+
+/// Longest line either side accepts, in bytes.
+pub const LINE_MAX: u64 = 1 << 20;
+
+/// What a client asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// What the daemon knows of itself.
+    Status,
+    /// Start a rotation, or join the one that is under way.
+    Rotate(RotateRequest),
+    /// How the rotation stands.
+    RotateStatus,
+    /// Stop starting new files until resumed.
+    RotatePause,
+    RotateResume,
+    /// Stop the rotation; what is done stays done, a later `rotate` finishes it.
+    RotateCancel,
+    /// Add a root key to the keyring.
+    KeyAdd {
+        uri: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        passphrase: Option<Hidden>,
+    },
+    /// Remove the root key with this id from the keyring.
+    KeyRemove {
+        id: String,
+    },
+}
+
+/// How a rotation is to be done.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RotateRequest {
+    /// Root keys for the new KEK; empty: those of the keyring.
+    pub keys: Vec<String>,
+    /// Passphrase of a `passphrase:` root key among `keys`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passphrase: Option<Hidden>,
+    /// The new KEK is the provider's own key.
+    pub external: bool,
+    /// At most this many files a second.
+    pub rate: Option<NonZeroU32>,
+    /// Worker threads.
+    pub jobs: Option<NonZeroUsize>,
+    /// Count only, change nothing.
+    pub dry_run: bool,
+    /// Make a new KEK even though an earlier rotation is unfinished.
+    pub restart: bool,
+    /// Go on when the client goes away.
+    pub detach: bool,
+    /// Destroy the old KEK once nothing names it.
+    pub destroy_old: bool,
+}
+
+/// A passphrase on its way through the socket: wiped when dropped, never shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Hidden(String);
+
+impl Hidden {
+    pub fn new(s: String) -> Self {
+        Self(s)
+    }
+
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        zeroize::Zeroize::zeroize(&mut self.0);
+    }
+}
+
+impl std::fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hidden(redacted)")
+    }
+}
+
+/// What the daemon answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", content = "body", rename_all = "kebab-case")]
+pub enum Reply {
+    Status(Box<DaemonStatus>),
+    /// More lines follow.
+    Progress(Status),
+    /// The rotation's report, or its present state.
+    Rotation(Box<RotationState>),
+    /// Done; nothing to tell.
+    Done,
+    Failed(Fault),
+}
+
+/// What only the daemon knows about a mounted store. Part of `status --json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// Version of the daemon.
+    pub version: String,
+    /// Store id.
+    pub store: String,
+    /// Where the store is mounted.
+    pub mountpoint: String,
+    /// The backing directory.
+    pub backing: String,
+    /// Seconds since the mount.
+    pub uptime: u64,
+    pub read_only: bool,
+    /// Whether every key lies in memory that cannot be swapped out.
+    pub memory_locked: bool,
+    pub dek_cache: CacheStatus,
+    /// The rotation under way, or the last one since the mount.
+    pub rotation: Option<RotationState>,
+}
+
+/// The DEK cache's figures.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CacheStatus {
+    pub entries: u64,
+    pub hits: u64,
+    pub misses: u64,
+    pub evictions: u64,
+}
+
+/// A rotation, running or ended.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct RotationState {
+    /// Whether it is under way now.
+    pub running: bool,
+    /// How far it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<Status>,
+    /// The report of one that ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<Report>,
+    /// Why it ended without a report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<Fault>,
+}
+
+/// Sends one line.
+///
+/// # Errors
+/// The socket's.
+pub fn send<T: Serialize>(w: &mut impl Write, message: &T) -> io::Result<()> {
+    let mut line = zeroize::Zeroizing::new(serde_json::to_vec(message).map_err(io::Error::other)?);
+    line.push(b'\n');
+    w.write_all(&line)?;
+    w.flush()
+}
+
+/// Receives one line; `None` at the end.
+///
+/// # Errors
+/// The socket's, or `InvalidData` if the line is too long or not a `T`.
+pub fn receive<T: DeserializeOwned>(r: &mut impl BufRead) -> io::Result<Option<T>> {
+    let mut line = zeroize::Zeroizing::new(Vec::new());
+    let n = io::Read::take(&mut *r, LINE_MAX).read_until(b'\n', &mut line)?;
+    if n == 0 {
+        return Ok(None);
+    }
+    if line.last() != Some(&b'\n') {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "line cut short or too long"));
+    }
+    serde_json::from_slice(&line).map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_travel() {
+        for r in [
+            Request::Status,
+            Request::Rotate(RotateRequest {
+                keys: vec!["keyfile:/k".into()],
+                rate: NonZeroU32::new(5),
+                ..Default::default()
+            }),
+            Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("p w".into())) },
+            Request::KeyRemove { id: "ab".into() },
+        ] {
+            let mut b = Vec::new();
+            send(&mut b, &r).unwrap();
+            assert_eq!(b.iter().filter(|c| **c == b'\n').count(), 1);
+            assert_eq!(receive::<Request>(&mut &b[..]).unwrap(), Some(r));
+        }
+    }
+
+    #[test]
+    fn hostile_lines_are_refused() {
+        assert!(receive::<Request>(&mut &b"{\"request\":\"status\"}"[..]).is_err(), "no newline");
+        let unknown = b"{\"request\":\"key-remove\",\"id\":\"a\",\"x\":1}\n";
+        assert!(receive::<Request>(&mut &unknown[..]).is_err(), "unknown field");
+        assert!(receive::<Request>(&mut &b"{\"request\":\"format-disk\"}\n"[..]).is_err());
+        assert!(receive::<Request>(&mut &b"\xff\n"[..]).is_err());
+        assert_eq!(receive::<Request>(&mut &b""[..]).unwrap(), None);
+        let long = vec![b' '; LINE_MAX as usize + 10];
+        assert!(receive::<Request>(&mut &long[..]).is_err());
+    }
+
+    #[test]
+    fn a_passphrase_is_not_shown() {
+        let r = Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("hunter2".into())) };
+        assert!(!format!("{r:?}").contains("hunter2"));
+    }
+}

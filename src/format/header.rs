@@ -29,7 +29,6 @@ use super::geometry::{Copy2, SLOT};
 use super::ids::{FileId, KekId, StoreId};
 use crate::crypto::kdf::{self, label};
 use crate::crypto::secret::Dek;
-use crate::kms::WRAPPED_MAX;
 
 /// First eight bytes of every slot.
 pub const MAGIC: &[u8; 8] = b"ENVLPFS1";
@@ -45,6 +44,8 @@ pub const WRAP_EXTERNAL: u16 = 2;
 pub const INCOMPAT_KNOWN: u32 = 0;
 /// Read-only-compatible feature flags this program knows: none yet.
 pub const RO_COMPAT_KNOWN: u32 = 0;
+/// Longest wrapped DEK, in bytes.
+pub const WRAPPED_MAX: usize = 640;
 /// Bytes of the part that the MAC covers.
 const MACED: usize = 88;
 /// Bytes of the wrap's associated data.

@@ -65,7 +65,7 @@ impl WrapContext {
 }
 
 /// Longest wrapped key any provider may return, in bytes: what fits into a header slot.
-pub const WRAPPED_MAX: usize = 640;
+pub const WRAPPED_MAX: usize = crate::format::header::WRAPPED_MAX;
 
 /// What a provider can do beyond wrap and unwrap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

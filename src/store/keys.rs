@@ -1,1 +1,328 @@
-//! To come.
+//! The opened keyring: KEKs and the store secret in memory, and every change of it on disk.
+//!
+//! A change is made to a copy of the keyring, written over both copies on disk (see [`disk`]), and only then taken over
+//! in memory: an error leaves the previous keyring in force. What a root key has just wrapped is trusted only after it
+//! was read back from disk and unwrapped by an independent call to the same value. No error of a provider changes
+//! anything.
+//!
+//! The caller holds the store's lock: one process at a time changes a keyring.
+
+mod change;
+mod disk;
+mod handle;
+mod roots;
+
+pub use crate::format::keyring::{KekKind, KekState};
+pub use disk::{COPIES, FOLDER};
+pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
+
+use crate::backing::Backing;
+use crate::crypto::secret::{Secret32, StoreSecret};
+use crate::format::codec::Malformed;
+use crate::format::damage::Damage;
+use crate::format::ids::{KekId, RootKeyId, StoreId};
+use crate::format::keyring::{INCOMPAT_PLAINTEXT_NAMES, KekRecord, Keyring, RootKeyRecord};
+use crate::kms::KeyProvider;
+use crate::store::{Result, StoreError};
+use parking_lot::{Mutex, RwLock};
+use roots::{Connected, Object, Opened};
+use std::io;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What a store is made with and keeps for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StoreFlags {
+    /// File names are stored in clear.
+    pub plaintext_names: bool,
+}
+
+struct State {
+    ring: Keyring,
+    opened: Opened,
+    connected: Vec<Connected>,
+    /// Providers that were given and have not been needed yet.
+    spare: Vec<Arc<dyn KeyProvider>>,
+}
+
+/// The opened keyring. Every method can be called from any thread.
+pub struct Keys {
+    store: StoreId,
+    flags: StoreFlags,
+    secret: StoreSecret,
+    /// Held shared while something is being wrapped, exclusively while another KEK is made the active one.
+    active: RwLock<Arc<KekHandle>>,
+    state: RwLock<State>,
+    /// Held through every change of the keyring on disk.
+    update: Mutex<()>,
+    damaged: Vec<(&'static str, Damage)>,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Keys(store {}, redacted)", self.store)
+    }
+}
+
+/// One thing that must unwrap from what was read back before it is trusted.
+type Proof<'a> = (Connected, Object, &'a Secret32);
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn refuse<T>(why: impl Into<String>) -> Result<T> {
+    Err(StoreError::KeyState(why.into()))
+}
+
+fn encode(ring: &Keyring, secret: &StoreSecret) -> Result<Vec<u8>> {
+    ring.encode(|signed| roots::keyring_mac(secret, signed)).map_err(|Malformed| {
+        StoreError::KeyState("the keyring is full: too many root keys or KEKs, or too long a URI".into())
+    })
+}
+
+/// What was read back must be a whole keyring, and every proof must hold.
+fn prove(back: &[u8], proofs: &[Proof<'_>]) -> Result<()> {
+    let ring = Keyring::decode(back)?.keyring;
+    proofs.iter().try_for_each(|(c, object, key)| roots::verify(&ring, c, *object, key))
+}
+
+fn pending(kind: KekKind, provider: Option<RootKeyId>) -> KekRecord {
+    KekRecord {
+        id: KekId::random(),
+        kind,
+        state: KekState::Pending,
+        created: now(),
+        activated: 0,
+        retired: 0,
+        unused: 0,
+        destroyed: 0,
+        provider,
+        wraps: Vec::new(),
+    }
+}
+
+fn new_handle(store: StoreId, record: &KekRecord, key: Secret32, targets: &[Connected]) -> Result<KekHandle> {
+    match (record.kind, record.provider) {
+        (KekKind::Sealed, _) => Ok(KekHandle::sealed(store, record.id, key)),
+        (KekKind::External, id) => match targets.iter().find(|c| Some(c.id) == id) {
+            Some(c) => Ok(KekHandle::external(store, record.id, key, c.provider.clone())),
+            None => refuse("an external KEK needs its root key"),
+        },
+    }
+}
+
+impl Keys {
+    /// Makes a new keyring with one active KEK, in `.envelopefs/`, which is made if it is not there. Returns after
+    /// both copies are durable and every root key has unwrapped from them what it wrapped. The first of `root` is
+    /// the one that wraps DEKs if `kind` is external.
+    ///
+    /// # Errors
+    /// [`StoreError::NotEmptyForInit`] if there is a keyring, whole or not; a provider's or the backing directory's.
+    pub fn create<B: Backing>(b: &B, root: &[Arc<dyn KeyProvider>], kind: KekKind, flags: StoreFlags) -> Result<Self> {
+        let folder = make_folder(b)?;
+        if disk::load(b, &folder).iter().any(|f| !matches!(f, disk::Found::Absent)) {
+            return Err(StoreError::NotEmptyForInit("there is a keyring already: this is a store".into()));
+        }
+        let (store, secret) = (StoreId::random(), StoreSecret::random());
+        let targets: Vec<Connected> =
+            root.iter().map(|p| Connected { id: RootKeyId::random(), provider: p.clone() }).collect();
+        let Some(first) = targets.first() else { return refuse("a store needs at least one root key") };
+        let mut kek = pending(kind, (kind == KekKind::External).then_some(first.id));
+        (kek.state, kek.activated) = (KekState::Active, kek.created);
+        let id = kek.id;
+        let handle = new_handle(store, &kek, Secret32::random(), &targets)?;
+        let mut ring = Keyring {
+            store,
+            generation: 1,
+            incompat: if flags.plaintext_names { INCOMPAT_PLAINTEXT_NAMES } else { 0 },
+            ro_compat: 0,
+            roots: Vec::new(),
+            secret: Vec::new(),
+            keks: Vec::new(),
+        };
+        for c in &targets {
+            ring.roots.push(RootKeyRecord { id: c.id, uri: c.provider.describe()?.uri });
+            ring.secret.push(roots::wrap(c, store, Object::Secret, secret.secret())?);
+            kek.wraps.push(roots::wrap(c, store, Object::Kek(id), handle.key())?);
+        }
+        ring.keks.push(kek);
+        let bytes = encode(&ring, &secret)?;
+        let proofs: Vec<Proof<'_>> = targets
+            .iter()
+            .flat_map(|c| [(c.clone(), Object::Secret, secret.secret()), (c.clone(), Object::Kek(id), handle.key())])
+            .collect();
+        for name in COPIES {
+            disk::replace(b, &folder, name, &bytes, |back| prove(back, &proofs))?;
+        }
+        drop(proofs);
+        handle.set_may_wrap(true);
+        let mut opened = Opened::default();
+        opened.handles.insert(id, Arc::new(handle));
+        Self::build(ring, secret, opened, targets, Vec::new(), Vec::new())
+    }
+
+    /// Opens the keyring with the first of `root` that is one of its root keys; others are used where that one cannot
+    /// help (a KEK it does not wrap, [`Keys::stage`]). The copy with the higher generation that is whole and
+    /// authentic counts; [`Keys::damaged_copies`] tells of the other.
+    ///
+    /// # Errors
+    /// [`StoreError::NotAStore`]; [`StoreError::WrongKey`] if every root key given answered and none is right;
+    /// [`StoreError::Kms`] if one did not answer, or the active KEK does not open; [`Damage::KeyringUnreadable`],
+    /// [`Damage::KeyringMac`], [`Damage::UnsupportedVersion`], [`Damage::UnsupportedFeature`].
+    pub fn open<B: Backing>(b: &B, root: &[Arc<dyn KeyProvider>]) -> Result<Self> {
+        let (candidates, mut damaged) = disk::candidates(disk::load(b, &disk::folder(b)?))?;
+        let mut first_error = None;
+        for d in candidates {
+            match roots::unlock(&d, root) {
+                Ok((secret, c)) => {
+                    report(&damaged);
+                    return Self::open_with(d.keyring, secret, c, root, damaged);
+                }
+                Err(StoreError::Damage(e)) => {
+                    damaged.push(("a keyring copy", e.clone()));
+                    first_error = first_error.or(Some(StoreError::Damage(e)));
+                }
+                Err(e @ StoreError::WrongKey(_)) => first_error = first_error.or(Some(e)),
+                Err(e) => return Err(e),
+            }
+        }
+        Err(first_error.unwrap_or(StoreError::Damage(Damage::KeyringUnreadable)))
+    }
+
+    fn open_with(
+        ring: Keyring,
+        secret: StoreSecret,
+        first: Connected,
+        root: &[Arc<dyn KeyProvider>],
+        damaged: Vec<(&'static str, Damage)>,
+    ) -> Result<Self> {
+        let mut spare: Vec<_> = root.iter().filter(|p| !Arc::ptr_eq(p, &first.provider)).cloned().collect();
+        let mut connected = vec![first];
+        let mut opened = roots::open_keks(&ring, &connected);
+        if !opened.unusable.is_empty() && !spare.is_empty() {
+            for p in std::mem::take(&mut spare) {
+                match roots::identify(&ring, &p) {
+                    Ok(Some((c, _))) => connected.push(c),
+                    Ok(None) => {}
+                    Err(_) => spare.push(p),
+                }
+            }
+            opened = roots::open_keks(&ring, &connected);
+        }
+        for (id, why) in &opened.unusable {
+            tracing::warn!(kek = %id, %why, "KEK cannot be used");
+        }
+        Self::build(ring, secret, opened, connected, spare, damaged)
+    }
+
+    fn build(
+        ring: Keyring,
+        secret: StoreSecret,
+        opened: Opened,
+        connected: Vec<Connected>,
+        spare: Vec<Arc<dyn KeyProvider>>,
+        damaged: Vec<(&'static str, Damage)>,
+    ) -> Result<Self> {
+        let active = ring.active().map(|k| k.id).ok_or(Damage::KeyringUnreadable)?;
+        let Some(handle) = opened.handles.get(&active).cloned() else {
+            let why = opened.unusable.get(&active).cloned();
+            return Err(why.map_or(StoreError::Damage(Damage::KekUnknown(active)), StoreError::Kms));
+        };
+        Ok(Self {
+            store: ring.store,
+            flags: StoreFlags { plaintext_names: ring.plaintext_names() },
+            secret,
+            active: RwLock::new(handle),
+            state: RwLock::new(State { ring, opened, connected, spare }),
+            update: Mutex::new(()),
+            damaged,
+        })
+    }
+
+    /// The keyring as it lies on disk: root key URIs, KEKs, states and times. Needs no key, and so is not verified:
+    /// good for finding out which root key to ask for, and for reports.
+    ///
+    /// # Errors
+    /// [`StoreError::NotAStore`] if there is none; as [`Keys::open`] for damage.
+    pub fn read_keyring<B: Backing>(b: &B) -> Result<Keyring> {
+        let (candidates, damaged) = disk::candidates(disk::load(b, &disk::folder(b)?))?;
+        report(&damaged);
+        let first = candidates.into_iter().next().ok_or(Damage::KeyringUnreadable)?;
+        Ok(first.keyring)
+    }
+
+    /// The store's id.
+    pub fn store_id(&self) -> StoreId {
+        self.store
+    }
+
+    /// What the store was made with.
+    pub fn flags(&self) -> StoreFlags {
+        self.flags
+    }
+
+    /// The parent of the keys for names, directory ids, symlinks and extended attributes.
+    pub fn secret(&self) -> &StoreSecret {
+        &self.secret
+    }
+
+    /// The keyring as it is in force now.
+    pub fn snapshot(&self) -> Keyring {
+        self.state.read().ring.clone()
+    }
+
+    /// Copies of the keyring that were missing, damaged or not authentic when this was opened.
+    /// [`Keys::repair_copies`] or the next change of the keyring replaces them.
+    pub fn damaged_copies(&self) -> &[(&'static str, Damage)] {
+        &self.damaged
+    }
+
+    /// Runs `f` with the active KEK. [`Keys::activate`] waits for `f`, so once it has returned nothing is being
+    /// wrapped under the old KEK any more. `f` must not call this or `activate` again: that can wait for ever.
+    pub fn with_active<R>(&self, f: impl FnOnce(&KekHandle) -> R) -> R {
+        f(&self.active.read())
+    }
+
+    /// The KEK `id`, active or retired, to unwrap with.
+    ///
+    /// # Errors
+    /// [`Damage::KekUnknown`], [`Damage::KekDestroyed`]; [`StoreError::KeyState`] if it is pending: nothing was
+    /// wrapped under it; [`StoreError::Kms`] if no root key at hand opened it.
+    pub fn kek(&self, id: KekId) -> Result<Arc<KekHandle>> {
+        let state = self.state.read().ring.kek(id).map(|k| k.state);
+        match state {
+            None => Err(Damage::KekUnknown(id).into()),
+            Some(KekState::Destroyed) => Err(Damage::KekDestroyed(id).into()),
+            Some(KekState::Pending) => refuse(format!("KEK {id} is pending: nothing was wrapped under it")),
+            Some(KekState::Active | KekState::Retired) => self.opened(id),
+        }
+    }
+
+    /// The KEK `id` if it was opened, whatever its state.
+    fn opened(&self, id: KekId) -> Result<Arc<KekHandle>> {
+        let s = self.state.read();
+        match (s.opened.handles.get(&id), s.opened.unusable.get(&id)) {
+            (Some(h), _) => Ok(h.clone()),
+            (None, Some(why)) => Err(why.clone().into()),
+            (None, None) => Err(Damage::KekUnknown(id).into()),
+        }
+    }
+}
+
+fn report(damaged: &[(&'static str, Damage)]) {
+    for (copy, damage) in damaged {
+        tracing::warn!(copy, code = damage.code(), "keyring copy cannot be used; the other one is");
+    }
+}
+
+fn make_folder<B: Backing>(b: &B) -> Result<B::Node> {
+    let root = b.root()?;
+    match b.mkdir(&root, FOLDER, 0o700, 0) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e.into()),
+        _ => {}
+    }
+    let folder = b.lookup(&root, FOLDER)?;
+    b.sync_dir(&root)?;
+    Ok(folder)
+}

@@ -1,0 +1,368 @@
+//! Changes of the keyring: KEKs staged, made active, retired, destroyed; root keys added and removed.
+
+use super::roots::{self, Connected, Object};
+use super::{COPIES, Keys, Proof, disk, encode, new_handle, now, pending, prove, refuse};
+use crate::backing::Backing;
+use crate::crypto::secret::Secret32;
+use crate::format::damage::Damage;
+use crate::format::ids::{KekId, RootKeyId};
+use crate::format::keyring::{KekKind, KekState, Keyring, RootKeyRecord};
+use crate::kms::KeyProvider;
+use crate::store::{Result, StoreError};
+use std::sync::Arc;
+
+use super::handle::KekHandle;
+
+impl Keys {
+    /// Makes a new KEK, pending. `root` names every root key the new KEK shall have, those that are not in the keyring
+    /// yet are added to it (see [`Keys::add_root_key`]); empty means those of the active KEK. The first one (or the
+    /// active KEK's provider) wraps DEKs if `kind` is external.
+    ///
+    /// On return the new KEK's wraps are durable, and every one of its root keys has unwrapped, from what was read
+    /// back from disk, the key it was given.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if a KEK is pending already or a root key of the active KEK is not at hand; a
+    /// provider's, also if it does not unwrap what it wrapped; the backing directory's. The keyring in force is then
+    /// the one before.
+    pub fn stage<B: Backing>(&self, b: &B, kind: KekKind, root: &[Arc<dyn KeyProvider>]) -> Result<KekId> {
+        let _update = self.update.lock();
+        let mut ring = self.to_change()?;
+        if let Some(p) = ring.pending() {
+            return refuse(format!("KEK {} is pending already: make it active or discard it first", p.id));
+        }
+        let live = self.live(&ring)?;
+        let (targets, added) = if root.is_empty() {
+            (self.roots_of_active(&ring)?, Vec::new())
+        } else {
+            self.join(&mut ring, &live, root)?
+        };
+        let same =
+            ring.active().and_then(|k| k.provider).filter(|p| root.is_empty() && targets.iter().any(|c| c.id == *p));
+        let first = same.or(targets.first().map(|c| c.id));
+        let mut record = pending(kind, first.filter(|_| kind == KekKind::External));
+        let handle = Arc::new(new_handle(self.store, &record, Secret32::random(), &targets)?);
+        let object = Object::Kek(record.id);
+        for c in &targets {
+            record.wraps.push(roots::wrap(c, self.store, object, handle.key())?);
+        }
+        ring.keks.push(record);
+        let mut proofs: Vec<Proof<'_>> = targets.iter().map(|c| (c.clone(), object, handle.key())).collect();
+        added.iter().for_each(|c| proofs.extend(self.everything(c, &live)));
+        let ring = self.commit(b, ring, &proofs)?;
+        drop(proofs);
+        let mut s = self.state.write();
+        s.ring = ring;
+        s.opened.handles.insert(handle.id(), handle.clone());
+        targets.into_iter().for_each(|c| connect(&mut s.connected, c));
+        Ok(handle.id())
+    }
+
+    /// Makes the pending KEK `id` the active one; the KEK that was active is retired at the same instant. Waits for
+    /// every [`Keys::with_active`] that runs: once this returns, nothing is being wrapped under the old KEK any more.
+    /// Does nothing if `id` is active.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if `id` is not pending; [`Damage::KekUnknown`]; the backing directory's, and the KEK
+    /// that was active is still the one that wraps.
+    pub fn activate<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
+        let _update = self.update.lock();
+        let mut ring = self.to_change()?;
+        match state_of(&ring, id)? {
+            KekState::Active => return Ok(()),
+            KekState::Pending => {}
+            KekState::Retired | KekState::Destroyed => {
+                return refuse(format!("KEK {id} was retired: a KEK never becomes active again"));
+            }
+        }
+        let handle = self.opened(id)?;
+        let time = now();
+        for k in &mut ring.keks {
+            if k.state == KekState::Active {
+                (k.state, k.retired) = (KekState::Retired, time);
+            } else if k.id == id {
+                (k.state, k.activated) = (KekState::Active, time);
+            }
+        }
+        let mut active = self.active.write();
+        let ring = self.commit(b, ring, &[])?;
+        active.set_may_wrap(false);
+        handle.set_may_wrap(true);
+        *active = handle;
+        self.state.write().ring = ring;
+        Ok(())
+    }
+
+    /// Records that a scan of every header proved that none names the retired KEK `id`: its record's `unused` is set,
+    /// and [`Keys::destroy`] accepts it. Does nothing if that is recorded already.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if `id` is not retired, that is, no other KEK was made active after it.
+    pub fn retire<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
+        let _update = self.update.lock();
+        let mut ring = self.to_change()?;
+        if state_of(&ring, id)? != KekState::Retired {
+            return refuse(format!("KEK {id} is not retired: make another one active first"));
+        }
+        match ring.kek_mut(id) {
+            Some(k) if k.unused == 0 => k.unused = now().max(1),
+            _ => return Ok(()),
+        }
+        self.adopt(b, ring, &[])
+    }
+
+    /// Destroys the retired KEK `id`: its wrapped bytes are in neither copy of the keyring any more, and it is
+    /// forgotten here. What only it can open is lost. Its record stays, so that such a file can be told. On a KEK that
+    /// is destroyed already, makes sure of the copies again.
+    ///
+    /// The file system below may keep the replaced copies' blocks (free space, snapshots, backups, journals).
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if `id` is not retired or was not proved unused (see [`Keys::retire`]).
+    pub fn destroy<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
+        let _update = self.update.lock();
+        let mut ring = self.to_change()?;
+        let proved = ring.kek(id).is_some_and(|k| k.unused != 0);
+        match state_of(&ring, id)? {
+            KekState::Destroyed => {}
+            KekState::Retired if proved => {}
+            KekState::Retired => return refuse(format!("KEK {id} may still be needed: rotate to the end first")),
+            KekState::Active | KekState::Pending => {
+                return refuse(format!("KEK {id} is not retired: rotate to another one first"));
+            }
+        }
+        if let Some(k) = ring.kek_mut(id).filter(|k| k.state != KekState::Destroyed) {
+            (k.state, k.destroyed) = (KekState::Destroyed, now());
+            k.wraps.clear();
+        }
+        self.adopt(b, ring, &[])?;
+        let mut s = self.state.write();
+        s.opened.handles.remove(&id);
+        s.opened.unusable.remove(&id);
+        Ok(())
+    }
+
+    /// Removes the pending KEK `id` from the keyring. Nothing was ever wrapped under it.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if `id` is not pending.
+    pub fn discard_pending<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
+        let _update = self.update.lock();
+        let mut ring = self.to_change()?;
+        if state_of(&ring, id)? != KekState::Pending {
+            return refuse(format!("KEK {id} is not pending"));
+        }
+        ring.keks.retain(|k| k.id != id);
+        self.adopt(b, ring, &[])?;
+        let mut s = self.state.write();
+        s.opened.handles.remove(&id);
+        s.opened.unusable.remove(&id);
+        Ok(())
+    }
+
+    /// Adds a root key that alone opens the store: it wraps the store secret and every KEK that is not destroyed, and
+    /// has unwrapped them, from what was read back from disk, before this returns.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if it is one already; [`StoreError::Kms`] if a KEK is not open, or the provider's own.
+    pub fn add_root_key<B: Backing>(&self, b: &B, provider: &Arc<dyn KeyProvider>) -> Result<RootKeyId> {
+        let _update = self.update.lock();
+        let mut ring = self.to_change()?;
+        let live = self.live(&ring)?;
+        let (_, added) = self.join(&mut ring, &live, std::slice::from_ref(provider))?;
+        let Some(c) = added.into_iter().next() else {
+            return refuse(format!("{} is a root key of this store already", roots::name_of(provider.as_ref())));
+        };
+        self.adopt(b, ring, &self.everything(&c, &live))?;
+        let id = c.id;
+        connect(&mut self.state.write().connected, c);
+        Ok(id)
+    }
+
+    /// Removes the root key `id`: nothing it wrapped is in the keyring any more. Before that, another root key at
+    /// hand must unwrap the store secret and every KEK that is not destroyed.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if it is not a root key, the last one, the provider of an external KEK, or no other
+    /// root key at hand opens everything.
+    pub fn remove_root_key<B: Backing>(&self, b: &B, id: RootKeyId) -> Result<()> {
+        let _update = self.update.lock();
+        let mut ring = self.to_change()?;
+        if ring.root(id).is_none() {
+            return refuse(format!("{id} is not a root key of this store"));
+        }
+        if ring.roots.len() == 1 {
+            return refuse("this is the last root key: add another one first");
+        }
+        if let Some(k) = ring.keks.iter().find(|k| k.state != KekState::Destroyed && k.provider == Some(id)) {
+            return refuse(format!(
+                "the external KEK {} is this root key: rotate to another and destroy it first",
+                k.id
+            ));
+        }
+        let live = self.live(&ring)?;
+        self.connect_spare(&ring);
+        let connected = self.state.read().connected.clone();
+        let heir = connected.iter().filter(|c| c.id != id).find(|c| {
+            self.everything(c, &live).iter().all(|(c, object, key)| roots::verify(&ring, c, *object, key).is_ok())
+        });
+        let Some(heir) = heir else {
+            return refuse("no other root key at hand opens everything this one opens: give one that does");
+        };
+        ring.roots.retain(|r| r.id != id);
+        ring.secret.retain(|w| w.root != id);
+        ring.keks.iter_mut().for_each(|k| k.wraps.retain(|w| w.root != id));
+        self.adopt(b, ring, &self.everything(heir, &live))?;
+        self.state.write().connected.retain(|c| c.id != id);
+        Ok(())
+    }
+
+    /// Takes a root key of this store to hand, for changes that need it.
+    ///
+    /// # Errors
+    /// [`StoreError::WrongKey`] if it is none; its own.
+    pub fn connect_root(&self, provider: &Arc<dyn KeyProvider>) -> Result<RootKeyId> {
+        let ring = self.snapshot();
+        let Some((c, _)) = roots::identify(&ring, provider)? else {
+            return Err(StoreError::WrongKey(format!("{} is none of them", roots::name_of(provider.as_ref()))));
+        };
+        let id = c.id;
+        connect(&mut self.state.write().connected, c);
+        Ok(id)
+    }
+
+    /// Makes both copies on disk whole and equal again if they are not. Says whether anything was to do.
+    ///
+    /// # Errors
+    /// The backing directory's.
+    pub fn repair_copies<B: Backing>(&self, b: &B) -> Result<bool> {
+        let _update = self.update.lock();
+        let ring = self.to_change()?;
+        let found = disk::load(b, &disk::folder(b)?);
+        let whole = |f: &disk::Found| matches!(f, disk::Found::Valid(d) if roots::is_authentic(&self.secret, d) && d.keyring == ring);
+        if found.iter().all(whole) {
+            return Ok(false);
+        }
+        self.adopt(b, ring, &[])?;
+        Ok(true)
+    }
+
+    /// A copy of the keyring in force, if this program may change it.
+    fn to_change(&self) -> Result<Keyring> {
+        let ring = self.snapshot();
+        if ring.read_only() {
+            return refuse("the store has features this program does not know: it may only be read; use a newer one");
+        }
+        Ok(ring)
+    }
+
+    /// The KEKs that are not destroyed.
+    fn live(&self, ring: &Keyring) -> Result<Vec<Arc<KekHandle>>> {
+        ring.keks.iter().filter(|k| k.state != KekState::Destroyed).map(|k| self.opened(k.id)).collect()
+    }
+
+    /// That root key `c` opens the store secret and all of `live`.
+    fn everything<'a>(&'a self, c: &Connected, live: &'a [Arc<KekHandle>]) -> Vec<Proof<'a>> {
+        let secret = (c.clone(), Object::Secret, self.secret.secret());
+        std::iter::once(secret).chain(live.iter().map(|h| (c.clone(), Object::Kek(h.id()), h.key()))).collect()
+    }
+
+    /// The root keys of the active KEK, all of them.
+    fn roots_of_active(&self, ring: &Keyring) -> Result<Vec<Connected>> {
+        let wanted: Vec<RootKeyId> = ring.active().into_iter().flat_map(|k| &k.wraps).map(|w| w.root).collect();
+        let at_hand = || self.state.read().connected.clone();
+        let mut connected = at_hand();
+        if wanted.iter().any(|id| connected.iter().all(|c| c.id != *id)) {
+            self.connect_spare(ring);
+            connected = at_hand();
+        }
+        let find = |id: RootKeyId| match connected.iter().find(|c| c.id == id) {
+            Some(c) => Ok(c.clone()),
+            None => refuse(format!(
+                "root key {} must wrap the new KEK too and is not at hand: give it, or name with --key every root key \
+                 the new KEK shall have",
+                ring.root(id).map_or("?", |r| r.uri.as_str())
+            )),
+        };
+        wanted.into_iter().map(find).collect()
+    }
+
+    /// Finds out which root keys the providers not needed so far are.
+    fn connect_spare(&self, ring: &Keyring) {
+        let spare = std::mem::take(&mut self.state.write().spare);
+        for p in spare {
+            let found = roots::identify(ring, &p);
+            let mut s = self.state.write();
+            match found {
+                Ok(Some((c, _))) => connect(&mut s.connected, c),
+                Ok(None) => {}
+                Err(why) => {
+                    tracing::warn!(root = roots::name_of(p.as_ref()), %why, "root key does not answer");
+                    s.spare.push(p);
+                }
+            }
+        }
+    }
+
+    /// The root keys that `providers` are; those that are none yet are added to `ring` and returned in the second list
+    /// as well.
+    fn join(
+        &self,
+        ring: &mut Keyring,
+        live: &[Arc<KekHandle>],
+        providers: &[Arc<dyn KeyProvider>],
+    ) -> Result<(Vec<Connected>, Vec<Connected>)> {
+        let (mut all, mut added) = (Vec::new(), Vec::new());
+        for p in providers {
+            if let Some((c, _)) = roots::identify(ring, p)? {
+                connect(&mut all, c);
+                continue;
+            }
+            let c = Connected { id: RootKeyId::random(), provider: p.clone() };
+            ring.roots.push(RootKeyRecord { id: c.id, uri: p.describe()?.uri });
+            ring.secret.push(roots::wrap(&c, self.store, Object::Secret, self.secret.secret())?);
+            for h in live {
+                let w = roots::wrap(&c, self.store, Object::Kek(h.id()), h.key())?;
+                ring.kek_mut(h.id()).ok_or(Damage::KekUnknown(h.id()))?.wraps.push(w);
+            }
+            all.push(c.clone());
+            added.push(c);
+        }
+        Ok((all, added))
+    }
+
+    fn adopt<B: Backing>(&self, b: &B, ring: Keyring, proofs: &[Proof<'_>]) -> Result<()> {
+        let ring = self.commit(b, ring, proofs)?;
+        self.state.write().ring = ring;
+        Ok(())
+    }
+
+    /// Writes `ring` with the next generation over both copies. Until the first is durable, with every proof held
+    /// against what was read back, the keyring before is in force on disk; memory is the caller's.
+    fn commit<B: Backing>(&self, b: &B, mut ring: Keyring, proofs: &[Proof<'_>]) -> Result<Keyring> {
+        let folder = disk::folder(b)?;
+        let on_disk = disk::load(b, &folder).map(|f| match f {
+            disk::Found::Valid(d) if roots::is_authentic(&self.secret, &d) => Some(d.keyring.generation),
+            _ => None,
+        });
+        // An update that failed half-way may have left a higher generation than the one in force here.
+        let highest = on_disk.iter().flatten().copied().fold(ring.generation, u64::max);
+        ring.generation = highest.checked_add(1).ok_or_else(|| StoreError::KeyState("no generation is left".into()))?;
+        let bytes = encode(&ring, &self.secret)?;
+        let [a, z] = COPIES;
+        let [first, second] = if on_disk.first() < on_disk.last() { [a, z] } else { [z, a] };
+        disk::replace(b, &folder, first, &bytes, |back| prove(back, proofs))?;
+        disk::replace(b, &folder, second, &bytes, |_| Ok(()))?;
+        Ok(ring)
+    }
+}
+
+fn connect(connected: &mut Vec<Connected>, c: Connected) {
+    if connected.iter().all(|x| x.id != c.id) {
+        connected.push(c);
+    }
+}
+
+fn state_of(ring: &Keyring, id: KekId) -> Result<KekState> {
+    Ok(ring.kek(id).ok_or(Damage::KekUnknown(id))?.state)
+}

@@ -1,0 +1,142 @@
+//! The keyring's two copies in the backing directory.
+//!
+//! Each update writes the same new bytes over both copies, one after the other, the older or damaged one first. Each
+//! write is: temporary file, write, sync, read back by a new open and compare, rename over the copy, sync the folder.
+//! So at every instant at least one copy is whole, and after an update that returned no copy holds what it removed.
+
+use crate::backing::{Access, Backing, RenameMode, read_into};
+use crate::format::damage::Damage;
+use crate::format::keyring::{Decoded, KEYRING_MAX, Keyring};
+use crate::store::{Result, StoreError};
+use std::io;
+
+/// The store's own folder in the backing directory.
+pub const FOLDER: &[u8] = b".envelopefs";
+/// The two copies.
+pub const COPIES: [&str; 2] = ["keyring.a", "keyring.b"];
+const TEMP: &[u8] = b"keyring.new";
+
+/// What lies in the place of one copy.
+#[derive(Debug)]
+pub enum Found {
+    Absent,
+    /// The backing directory gave an error for it.
+    Unreadable(io::Error),
+    Damaged(Damage),
+    Valid(Box<Decoded>),
+}
+
+fn is_absent(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound
+}
+
+/// The store's folder.
+///
+/// # Errors
+/// [`StoreError::NotAStore`] if there is none.
+pub fn folder<B: Backing>(b: &B) -> Result<B::Node> {
+    match b.lookup(&b.root()?, FOLDER) {
+        Err(e) if is_absent(&e) => Err(StoreError::NotAStore("it has no .envelopefs folder".into())),
+        other => Ok(other?),
+    }
+}
+
+/// Reads both copies. An error with one copy is part of the result: the other may be whole.
+pub fn load<B: Backing>(b: &B, folder: &B::Node) -> [Found; 2] {
+    COPIES.map(|name| match read(b, folder, name.as_bytes()) {
+        Err(e) if is_absent(&e) => Found::Absent,
+        Err(e) => Found::Unreadable(e),
+        Ok(None) => Found::Damaged(Damage::KeyringUnreadable),
+        Ok(Some(bytes)) => match Keyring::decode(&bytes) {
+            Ok(d) => Found::Valid(Box::new(d)),
+            Err(d) => Found::Damaged(d),
+        },
+    })
+}
+
+/// The valid copies, the one with the higher generation first, a copy equal to it left out; and what is wrong with
+/// the others.
+///
+/// # Errors
+/// [`StoreError::NotAStore`] if neither copy exists, [`Damage::KeyringUnreadable`] if neither is valid, the backing
+/// directory's error if that is why; [`Damage::UnsupportedVersion`] or [`Damage::UnsupportedFeature`] if one of them
+/// was written by a newer program: the other one is then out of date.
+pub fn candidates(found: [Found; 2]) -> Result<(Vec<Decoded>, Vec<(&'static str, Damage)>)> {
+    let (mut valid, mut damaged, mut error) = (Vec::new(), Vec::new(), None);
+    let mut absent = 0;
+    for (name, f) in COPIES.into_iter().zip(found) {
+        match f {
+            Found::Absent => {
+                absent += 1;
+                damaged.push((name, Damage::KeyringUnreadable));
+            }
+            Found::Unreadable(e) => {
+                error = Some(e);
+                damaged.push((name, Damage::KeyringUnreadable));
+            }
+            Found::Damaged(d @ (Damage::UnsupportedVersion(_) | Damage::UnsupportedFeature(_))) => return Err(d.into()),
+            Found::Damaged(d) => damaged.push((name, d)),
+            Found::Valid(d) => valid.push(*d),
+        }
+    }
+    // Stable: of two with the same generation, the first stays first.
+    valid.sort_by_key(|d| std::cmp::Reverse(d.keyring.generation));
+    valid.dedup_by(|a, b| a == b);
+    match (valid.is_empty(), error) {
+        (false, _) => Ok((valid, damaged)),
+        (true, Some(e)) => Err(e.into()),
+        (true, None) if absent == COPIES.len() => Err(StoreError::NotAStore("it has no keyring".into())),
+        (true, None) => Err(Damage::KeyringUnreadable.into()),
+    }
+}
+
+/// The content of a file, or `None` if it is longer than a keyring can be.
+fn read<B: Backing>(b: &B, folder: &B::Node, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    let file = b.open(&b.lookup(folder, name)?, Access::Read)?;
+    let size = usize::try_from(b.stat_file(&file)?.size).unwrap_or(usize::MAX);
+    if size > KEYRING_MAX {
+        return Ok(None);
+    }
+    let mut bytes = vec![0u8; size];
+    let n = read_into(b, &file, &mut bytes, 0)?;
+    bytes.truncate(n);
+    Ok(Some(bytes))
+}
+
+/// Puts `bytes` in the place of copy `name`, durably; `check` sees them as read back before the old copy is replaced.
+///
+/// # Errors
+/// The backing directory's or `check`'s; then the copy is as it was, unless the error came after the rename.
+pub fn replace<B: Backing>(
+    b: &B,
+    folder: &B::Node,
+    name: &str,
+    bytes: &[u8],
+    check: impl FnOnce(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let ready = write_temp(b, folder, bytes).map_err(StoreError::from).and_then(|()| {
+        let back = read(b, folder, TEMP)?.unwrap_or_default();
+        if back != bytes {
+            return Err(Damage::KeyringUnreadable.into());
+        }
+        check(&back)
+    });
+    if let Err(e) = ready {
+        // Best effort: a temporary file left behind is removed by the next update.
+        let _ = b.unlink(folder, TEMP);
+        return Err(e);
+    }
+    b.rename(folder, TEMP, folder, name.as_bytes(), RenameMode::Replace)?;
+    b.sync_dir(folder)?;
+    Ok(())
+}
+
+fn write_temp<B: Backing>(b: &B, folder: &B::Node, bytes: &[u8]) -> io::Result<()> {
+    match b.unlink(folder, TEMP) {
+        Err(e) if !is_absent(&e) => return Err(e),
+        _ => {}
+    }
+    let (_node, file) = b.create(folder, TEMP, 0o600, 0)?;
+    b.write_at(&file, bytes, 0)?;
+    b.sync_file(&file)
+}

@@ -5,9 +5,12 @@ pub mod check;
 pub mod dek_cache;
 pub mod dir;
 pub mod error;
+pub mod file;
+pub mod header;
 pub mod keys;
 pub mod namespace;
 pub mod node;
+pub mod shared;
 pub mod symlink;
 pub mod xattr;
 

@@ -49,7 +49,8 @@ impl<B: Backing> OpenFile<B> {
             let from = off.max(r.first * PAGE);
             let to = end.min(r.end * PAGE);
             let part = &mut buf[(from - off) as usize..(to - off) as usize];
-            self.core.with_segment(&inner, keys, r.segment, |l| self.core.read_range(&inner, keys, l, r, from, part))?;
+            self.core
+                .with_segment(&inner, keys, r.segment, |l| self.core.read_range(&inner, keys, l, r, from, part))?;
         }
         Ok(n)
     }
@@ -109,7 +110,14 @@ impl<B: Backing> FileCore<B> {
     }
 
     /// Reads whole blocks; `out` is as long as their ciphertext, only the last of them possibly short.
-    fn read_blocks(&self, inner: &Inner<B>, keys: &FileKeys, l: &Loaded, r: SegmentRange, out: &mut [u8]) -> Result<()> {
+    fn read_blocks(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        l: &Loaded,
+        r: SegmentRange,
+        out: &mut [u8],
+    ) -> Result<()> {
         let first = geometry::first_block(r.segment);
         let entry = |block: u64| l.state.entry((block - first) as usize);
         if (r.first..r.end).all(|b| entry(b).is_hole()) {

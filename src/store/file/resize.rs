@@ -167,7 +167,7 @@ impl<B: Backing> FileCore<B> {
     }
 
     /// An empty file has neither header nor key: the next write makes new ones.
-    fn make_empty(&self, inner: &mut Inner<B>) -> Result<()> {
+    pub(super) fn make_empty(&self, inner: &mut Inner<B>) -> Result<()> {
         let _slots = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
         self.shared.backing.truncate(inner.backing_file()?, 0)?;
         if let Some(k) = inner.keys.take() {
@@ -210,7 +210,7 @@ impl<B: Backing> FileCore<B> {
     }
 
     fn fill_last_block(&self, inner: &mut Inner<B>, keys: &FileKeys, to: u64) -> Result<()> {
-        if inner.size % PAGE == 0 {
+        if inner.size.is_multiple_of(PAGE) {
             return Ok(());
         }
         let block = inner.size / PAGE;

@@ -77,10 +77,7 @@ impl Copies {
     pub fn open(keys: &FileKeys, segment: u64, bytes: &mut [u8]) -> Self {
         let len = geometry::state_len(segment).min(bytes.len());
         let (a, b) = bytes.split_at_mut(len);
-        Self {
-            a: state::open(&keys.state, keys.file, segment, a),
-            b: state::open(&keys.state, keys.file, segment, b),
-        }
+        Self { a: state::open(&keys.state, keys.file, segment, a), b: state::open(&keys.state, keys.file, segment, b) }
     }
 
     /// The copy that counts, and the older one if it is valid too.

@@ -7,7 +7,7 @@
 
 use super::{FileCore, FileKeys, Inner};
 use crate::backing::Backing;
-use crate::format::geometry::{self, PAGE};
+use crate::format::geometry;
 use crate::format::state::CLEAN;
 use crate::store::error::{Result, StoreError};
 use parking_lot::Mutex;
@@ -83,8 +83,17 @@ impl<B: Backing> FileCore<B> {
     }
 
     fn settle(&self) {
+        // The barrier goes first and under the shared lock, so that readers don't wait for the disk.
+        let synced = {
+            let inner = self.inner.read();
+            let file = inner.file.as_ref().filter(|_| inner.writers == 0);
+            file.is_some_and(|f| self.shared.backing.sync_file(f).is_ok()).then_some(inner.changes)
+        };
         let mut inner = self.inner.write();
         inner.settling = false;
+        if synced == Some(inner.changes) {
+            inner.resized = false;
+        }
         if inner.writers == 0 && !inner.clean && inner.keys.is_some() {
             self.mark_clean_or_log(&mut inner);
         }
@@ -105,9 +114,13 @@ impl<B: Backing> FileCore<B> {
                 self.with_segment_mut(inner, keys, segment, |_| Ok(()))?;
             }
         }
+        if inner.size == 0 {
+            // A header that no content ever followed.
+            return self.make_empty(inner);
+        }
         let file = inner.backing_file()?;
         let _times = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
-        let size = geometry::backing_size(inner.size).max(PAGE);
+        let size = geometry::backing_size(inner.size);
         let length = inner.size;
         self.keeping_times(inner, || {
             if self.shared.backing.stat_file(file)?.size != size {

@@ -1,1 +1,0 @@
-//! Tests of files over a simulated disk.

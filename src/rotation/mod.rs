@@ -1,19 +1,41 @@
 //! Key rotation in place: every file's wrapped DEK is moved to a new KEK while the store is in use.
 //!
+//! A run stages a new KEK (durable, read back from disk, unwrapped independently), makes it active, sweeps every header
+//! to it, proves by a fresh scan of both slots of every header that none names an old one, and only then retires those.
+//! It can be killed at any instant; the next one goes on.
+//!
 //! | module | what it does | I/O |
 //! |---|---|---|
 //! | [`options`] | what a run is asked to do | none |
 //! | [`control`] | pause, resume, cancel from another thread | none |
 //! | [`report`] | what a run says while it works and when it ends | none |
+//! | [`moves`] | what is renamed while a walk is under way | none |
 //! | [`record`] | the journal's record: bytes ↔ type | none |
 //! | [`pace`] | how long to wait before the next header | none |
+//! | `plan` | which KEK headers go to, from the keyring | none |
+//! | `journal` | the record on disk | yes |
+//! | `pass` | one walk over the store, in batches, by workers | walks |
+//! | `rewrap` | one header to the new KEK, in two halves | yes |
+//! | `sweep` | a batch of headers, with barriers | yes |
+//! | `verify` | the fresh scan | reads |
+//! | `run` | all of it in order | yes |
 
 pub mod control;
+mod journal;
+pub mod moves;
 pub mod options;
 pub mod pace;
+mod pass;
+mod plan;
 pub mod record;
 pub mod report;
+mod rewrap;
+mod run;
+mod sweep;
+mod verify;
 
 pub use control::{Cancelled, Control};
+pub use moves::{Moved, Moves, NoMoves};
 pub use options::Options;
 pub use report::{Counts, Failure, Outcome, Progress, Report, State, Status};
+pub use run::{Context, run};

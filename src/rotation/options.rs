@@ -1,12 +1,15 @@
 //! What a run is asked to do.
 
+use crate::format::keyring::KekKind;
 use crate::kms::KeyProvider;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 
 /// Options of one run. `Default` is what `envelopefs rotate` does without any.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Options {
+    /// Kind of the new KEK. `None`: as the present one's.
+    pub kek: Option<KekKind>,
     /// Root keys to wrap the new KEK under. Empty: the store's present ones.
     pub root: Vec<Arc<dyn KeyProvider>>,
     /// At most so many headers a second. `None`: as fast as it goes.
@@ -22,22 +25,17 @@ pub struct Options {
     pub restart: bool,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self { root: Vec::new(), rate: None, jobs: None, dry_run: false, destroy_old: false, restart: false }
-    }
-}
-
 impl std::fmt::Debug for Options {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Options")
+            .field("kek", &self.kek)
             .field("root", &self.root.len())
             .field("rate", &self.rate)
             .field("jobs", &self.jobs)
             .field("dry_run", &self.dry_run)
             .field("destroy_old", &self.destroy_old)
             .field("restart", &self.restart)
-            .finish_non_exhaustive()
+            .finish()
     }
 }
 

@@ -12,6 +12,7 @@ pub mod namespace;
 pub mod node;
 pub mod shared;
 pub mod symlink;
+pub mod walk;
 pub mod xattr;
 
 pub use error::{Result, StoreError};

@@ -1,0 +1,241 @@
+//! One header's way to the new KEK, in two halves with a barrier between them.
+//!
+//! Both slots hold the same DEK. The first half writes the new wrap over the slot that is *not* relied on; when that
+//! is durable, the second half writes the same bytes over the other slot, so that no copy under the old KEK stays. At
+//! every instant one slot unwraps to the DEK, whatever of the other is torn. Cryptography and calls to a key service
+//! happen outside the inode's lock; under it the slots are read again and compared before they are overwritten.
+
+use super::pass::Item;
+use crate::backing::{Access, Backing, Kind, SetTime, Stat};
+use crate::crypto::secret::Dek;
+use crate::format::damage::Damage;
+use crate::format::geometry::{Copy2, SLOT, slot_offset};
+use crate::format::header::{Slot, SlotPair};
+use crate::format::ids::{KekId, StoreId};
+use crate::store::Result;
+use crate::store::StoreError;
+use crate::store::header::{SLOTS_LEN, read_slots, unwrap_slot, wrap_slot};
+use crate::store::keys::KekHandle;
+use crate::store::shared::Shared;
+use crate::store::walk::is_gone;
+use std::io;
+use std::sync::Arc;
+
+/// Bytes of both slots.
+pub(super) type Slots = [u8; SLOTS_LEN];
+
+/// How often a header is tried again that somebody else changed between reading and writing.
+const TRIES: usize = 8;
+
+/// What both slots of a header say about the work to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Both slots are valid, the same, and under the target.
+    Current,
+    /// Something is left to do.
+    Behind,
+}
+
+/// Judges a header that was read, without any key.
+///
+/// # Errors
+/// [`Damage`] if no slot is valid, it belongs to another store, or it may not be written by this program.
+pub(super) fn judge(
+    pair: &SlotPair,
+    bytes: &Slots,
+    store: StoreId,
+    target: KekId,
+) -> std::result::Result<Standing, Damage> {
+    let (_, slot) = pair.authoritative()?;
+    if slot.store != store {
+        return Err(Damage::ForeignStore(slot.store));
+    }
+    if !slot.writable() {
+        return Err(Damage::UnsupportedFeature(slot.ro_compat));
+    }
+    let same = bytes.get(..SLOT) == bytes.get(SLOT..);
+    Ok(if slot.kek == target && same { Standing::Current } else { Standing::Behind })
+}
+
+/// What came of looking at a file.
+pub(super) enum Look<B: Backing> {
+    /// A regular file with content, open.
+    Open { node: Arc<B::Node>, file: B::File, stat: Stat },
+    /// A regular file without content, which has no header.
+    Empty,
+    /// It is not there any more, or what is there now is no regular file.
+    Gone,
+}
+
+/// Opens the file of `item`, if it is one. FIFOs, devices, links and directories are not touched.
+pub(super) fn look<B: Backing>(backing: &B, item: &Item<B>, access: Access) -> Result<Look<B>> {
+    let found = (|| {
+        let node = item.node(backing)?;
+        let stat = backing.stat(&node)?;
+        if stat.kind != Kind::File {
+            return Ok(Look::Gone);
+        }
+        if stat.size == 0 {
+            return Ok(Look::Empty);
+        }
+        let file = backing.open(&node, access)?;
+        Ok(Look::Open { node, file, stat })
+    })();
+    match found {
+        Err(e) if is_gone(&e) => Ok(Look::Gone),
+        other => Ok(other?),
+    }
+}
+
+/// What came of the first half.
+pub(super) enum First<B: Backing> {
+    /// Nothing to do: under the target already.
+    Current,
+    /// Nothing to do: no content, so no header.
+    Empty,
+    /// Nothing to do: not there any more, or not one of ours.
+    Gone,
+    /// Go on with [`second_half`] after a barrier.
+    Half(Box<Half<B>>),
+}
+
+/// A header between the halves.
+pub(super) struct Half<B: Backing> {
+    pub(super) item: Item<B>,
+    node: Arc<B::Node>,
+    pub(super) file: B::File,
+    stat: Stat,
+    /// The slot that holds `bytes` now; the other one gets them next.
+    written: Copy2,
+    bytes: [u8; SLOT],
+    /// What both slots are to hold before the second half.
+    expect: Slots,
+}
+
+/// What a header's new slot is made of.
+struct Plan {
+    /// Where the slot to write goes; `None` if it is there already.
+    write: bool,
+    slot: Copy2,
+    bytes: [u8; SLOT],
+}
+
+/// Unwraps, wraps anew if need be, and writes the new wrap over the slot that is not relied on.
+///
+/// # Errors
+/// Damage of the header, the key service's errors, the backing directory's. Nothing was written then, or a slot that
+/// nothing relied on.
+pub(super) fn first_half<B: Backing>(shared: &Shared<B>, target: &KekHandle, item: Item<B>) -> Result<First<B>> {
+    let (node, file, stat) = match look(&shared.backing, &item, Access::ReadWrite)? {
+        Look::Open { node, file, stat } => (node, file, stat),
+        Look::Empty => return Ok(First::Empty),
+        Look::Gone => return Ok(First::Gone),
+    };
+    for _ in 0..TRIES {
+        let Some((pair, old)) = read_slots(&shared.backing, &file)? else { return Ok(First::Empty) };
+        if item.reserved && !is_header(&pair) {
+            return Ok(First::Gone);
+        }
+        if judge(&pair, &old, shared.keys.store_id(), target.id())? == Standing::Current {
+            return Ok(First::Current);
+        }
+        let plan = plan(shared, target, &pair)?;
+        let lock = shared.inode_locks.exclusive(stat.dev, stat.ino);
+        match read_slots(&shared.backing, &file)? {
+            None => return Ok(First::Empty),
+            Some((_, now)) if now != old => continue,
+            Some(_) => {}
+        }
+        if plan.write {
+            write_slot(&shared.backing, &node, &file, plan.slot, &plan.bytes)?;
+        }
+        drop(lock);
+        let mut expect = old;
+        put(&mut expect, plan.slot, &plan.bytes);
+        let half = Half { item, node, file, stat, written: plan.slot, bytes: plan.bytes, expect };
+        return Ok(First::Half(Box::new(half)));
+    }
+    Err(busy())
+}
+
+/// Whether either slot is at least one of this program's, of whatever version.
+fn is_header(pair: &SlotPair) -> bool {
+    !matches!((&pair.a, &pair.b), (Err(Damage::HeaderMagic), Err(Damage::HeaderMagic)))
+}
+
+fn busy() -> StoreError {
+    io::Error::from_raw_os_error(libc::EBUSY).into()
+}
+
+/// Decides which slot is relied on, and makes the bytes that are to be in both.
+fn plan<B: Backing>(shared: &Shared<B>, target: &KekHandle, pair: &SlotPair) -> Result<Plan> {
+    let (copy, slot) = pair.authoritative()?;
+    match unwrap(shared, slot) {
+        Ok(_) if slot.kek == target.id() => Ok(Plan { write: false, slot: copy, bytes: slot.encode() }),
+        Ok(dek) => rewrap(target, slot, &dek, copy),
+        // The slot that counts does not open. The other one holds the same DEK: if that opens, it is what is relied on.
+        Err(first @ StoreError::Damage(_)) => {
+            let Ok(other) = pair.get(copy.other()) else { return Err(first) };
+            match unwrap(shared, other) {
+                Ok(dek) if other.file == slot.file => rewrap(target, other, &dek, copy.other()),
+                _ => Err(first),
+            }
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Past every cache: what is relied on must open from what lies on disk.
+fn unwrap<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Dek> {
+    unwrap_slot(&*shared.keys.kek(slot.kek)?, slot)
+}
+
+fn rewrap(target: &KekHandle, slot: &Slot, dek: &Dek, relied_on: Copy2) -> Result<Plan> {
+    let sequence = slot.sequence.checked_add(1).ok_or(Damage::Malformed)?;
+    let new = wrap_slot(target, slot, dek, sequence)?;
+    Ok(Plan { write: true, slot: relied_on.other(), bytes: new.encode() })
+}
+
+fn put(slots: &mut Slots, copy: Copy2, bytes: &[u8; SLOT]) {
+    let (a, b) = slots.split_at_mut(SLOT);
+    match copy {
+        Copy2::A => a.copy_from_slice(bytes),
+        Copy2::B => b.copy_from_slice(bytes),
+    }
+}
+
+/// What came of the second half.
+pub(super) enum Second<B: Backing> {
+    /// Both slots hold the new wrap.
+    Done,
+    /// The file was emptied or its header changed meanwhile: begin again.
+    Again(Item<B>),
+}
+
+/// Writes the new wrap over the other slot, after what the first half wrote was made durable.
+///
+/// # Errors
+/// The backing directory's.
+pub(super) fn second_half<B: Backing>(shared: &Shared<B>, half: Box<Half<B>>) -> Result<Second<B>> {
+    let _lock = shared.inode_locks.exclusive(half.stat.dev, half.stat.ino);
+    match read_slots(&shared.backing, &half.file) {
+        Ok(Some((_, now))) if now == half.expect => {}
+        Ok(_) => return Ok(Second::Again(half.item)),
+        Err(StoreError::Damage(_)) => return Ok(Second::Again(half.item)),
+        Err(e) => return Err(e),
+    }
+    write_slot(&shared.backing, &half.node, &half.file, half.written.other(), &half.bytes)?;
+    Ok(Second::Done)
+}
+
+/// Writes one slot and puts back what writing changes and users would see: times, and the setuid and setgid bits that
+/// the kernel takes from a file an unprivileged process writes to. The caller holds the inode's lock.
+fn write_slot<B: Backing>(b: &B, node: &B::Node, file: &B::File, copy: Copy2, bytes: &[u8; SLOT]) -> Result<()> {
+    let before = b.stat_file(file)?;
+    let written = b.write_at(file, bytes, slot_offset(copy));
+    b.set_file_times(file, SetTime::At(before.atime), SetTime::At(before.mtime))?;
+    if before.mode & 0o6000 != 0 && b.stat_file(file)?.mode != before.mode {
+        b.set_mode(node, before.mode)?;
+    }
+    Ok(written?)
+}

@@ -1,0 +1,349 @@
+//! A run from beginning to end.
+
+use super::control::{Cancelled, Control};
+use super::journal::Journal;
+use super::moves::Moves;
+use super::options::Options;
+use super::pace::Pace;
+use super::pass::{Failures, Pass};
+use super::plan::{self, Begin, Wish};
+use super::report::{Counts, Failure, Outcome, Progress, Report, State, Status};
+use super::sweep::Sweep;
+use super::verify::{Found, Verify};
+use crate::backing::Backing;
+use crate::format::damage::Damage;
+use crate::format::ids::KekId;
+use crate::format::keyring::KekState;
+use crate::store::shared::Shared;
+use crate::store::{Result, StoreError};
+use parking_lot::Mutex;
+use std::cell::RefCell;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Sweeps of one run after which it is given up although each one found something to do. Every sweep leaves fewer
+/// headers behind, so this is never reached but by a store somebody restores old files into all the while.
+const SWEEPS_MAX: u32 = 16;
+/// How often the cursor is written.
+const CURSOR_EVERY: Duration = Duration::from_secs(5);
+
+/// What a run works on.
+pub struct Context<'a, B: Backing> {
+    /// The open store. The caller holds the store's lock.
+    pub shared: &'a Shared<B>,
+    /// What is renamed meanwhile: the mounted store, or [`super::NoMoves`].
+    pub moves: &'a dyn Moves<B>,
+}
+
+/// Moves every header of the store to a new KEK, proves it by a fresh scan, and retires the old ones.
+///
+/// Readers and writers go on meanwhile. A run that is killed anywhere, cancelled or ended with failures leaves every
+/// file readable, and the next one goes on from there. One run at a time.
+///
+/// # Errors
+/// [`StoreError::ReadOnly`]; those of staging and activating the new KEK, after which nothing has changed but perhaps
+/// a pending KEK in the keyring; those of retiring and destroying the old ones. Failures with single files are no
+/// error but [`Outcome::Incomplete`].
+pub fn run<B: Backing>(
+    ctx: &Context<'_, B>,
+    options: &Options,
+    progress: &dyn Progress,
+    control: &Control,
+) -> Result<Report> {
+    if ctx.shared.read_only && !options.dry_run {
+        return Err(StoreError::ReadOnly);
+    }
+    let mut run = Run::new(ctx, options, progress, control);
+    if options.dry_run { run.count_only() } else { run.rotate() }
+}
+
+struct Run<'a, B: Backing> {
+    ctx: &'a Context<'a, B>,
+    options: &'a Options,
+    progress: &'a dyn Progress,
+    control: &'a Control,
+    journal: RefCell<Journal<'a, B>>,
+    began: Instant,
+    started: u64,
+    resumed: bool,
+    target: Option<KekId>,
+    state: State,
+    passes: u32,
+    /// Files in the store as last counted; 0 if unknown.
+    files: u64,
+    /// Up to where the last sweep is known to have done everything.
+    reached: Vec<u8>,
+    swept: Counts,
+    verified: Option<Found>,
+    failures: Vec<Failure>,
+    failures_total: u64,
+    retired: Vec<KekId>,
+    destroyed: Vec<KekId>,
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+impl<'a, B: Backing> Run<'a, B> {
+    fn new(ctx: &'a Context<'a, B>, options: &'a Options, progress: &'a dyn Progress, control: &'a Control) -> Self {
+        let journal = Journal::open(&ctx.shared.backing, &ctx.shared.keys);
+        let files = journal.last().map_or(0, |l| l.files);
+        Self {
+            ctx,
+            options,
+            progress,
+            control,
+            journal: RefCell::new(journal),
+            began: Instant::now(),
+            started: now(),
+            resumed: false,
+            target: None,
+            state: State::Staged,
+            passes: 0,
+            files,
+            reached: Vec::new(),
+            swept: Counts::default(),
+            verified: None,
+            failures: Vec::new(),
+            failures_total: 0,
+            retired: Vec::new(),
+            destroyed: Vec::new(),
+        }
+    }
+
+    /// Only looks: what names which KEK now.
+    fn count_only(&mut self) -> Result<Report> {
+        let ring = self.ctx.shared.keys.snapshot();
+        let active = ring.active().map(|k| k.id).ok_or(Damage::KeyringUnreadable)?;
+        self.target = Some(active);
+        match self.verify(active) {
+            Ok(_) => Ok(self.report(active, Outcome::DryRun)),
+            Err(Cancelled) => Ok(self.report(active, Outcome::Cancelled)),
+        }
+    }
+
+    fn rotate(&mut self) -> Result<Report> {
+        let target = self.begin()?;
+        let outcome = match self.move_headers(target)? {
+            Ok(true) => {
+                self.retire(target)?;
+                Outcome::Complete
+            }
+            Ok(false) => Outcome::Incomplete,
+            Err(Cancelled) => Outcome::Cancelled,
+        };
+        match outcome {
+            Outcome::Complete => self.enter(State::Done, target, b""),
+            // What failed may lie anywhere: the next run begins at the beginning.
+            Outcome::Incomplete => self.enter(State::Incomplete, target, b""),
+            Outcome::Cancelled | Outcome::DryRun => {
+                let cursor = std::mem::take(&mut self.reached);
+                self.enter(State::Cancelled, target, &cursor);
+            }
+        }
+        Ok(self.report(target, outcome))
+    }
+
+    /// Makes the new KEK active, or finds the one an earlier run made.
+    fn begin(&mut self) -> Result<KekId> {
+        let (keys, b) = (&self.ctx.shared.keys, &self.ctx.shared.backing);
+        let wish =
+            Wish { kind: self.options.kek, new_roots: !self.options.root.is_empty(), restart: self.options.restart };
+        let plan = plan::plan(&keys.snapshot(), wish).ok_or(Damage::KeyringUnreadable)?;
+        for id in plan.discard {
+            keys.discard_pending(b, id)?;
+        }
+        match plan.begin {
+            Begin::Resume(target) => {
+                self.resumed = true;
+                self.target = Some(target);
+                if let Some(l) = self.journal.borrow().last().filter(|l| l.target == target) {
+                    self.started = l.started;
+                }
+                Ok(target)
+            }
+            Begin::New(kind) => {
+                let target = keys.stage(b, kind, &self.options.root)?;
+                self.target = Some(target);
+                self.enter(State::Staged, target, b"");
+                keys.activate(b, target)?;
+                Ok(target)
+            }
+        }
+    }
+
+    /// Sweeps and scans until a scan finds nothing left. `Ok(true)`: it did.
+    fn move_headers(&mut self, target: KekId) -> Result<std::result::Result<bool, Cancelled>> {
+        let mut cursor = self.cursor(target);
+        for _ in 0..SWEEPS_MAX {
+            self.failures.clear();
+            self.failures_total = 0;
+            self.enter(State::Sweeping, target, &cursor);
+            if let Err(c) = self.sweep(target, &cursor)? {
+                return Ok(Err(c));
+            }
+            cursor.clear();
+            self.enter(State::Verifying, target, b"");
+            let (sweep_failures, sweep_total) = (std::mem::take(&mut self.failures), self.failures_total);
+            self.failures_total = 0;
+            let clean = match self.verify(target) {
+                Ok(clean) => clean,
+                Err(c) => return Ok(Err(c)),
+            };
+            if clean {
+                return Ok(Ok(true));
+            }
+            // A failure that the scan did not see again is only told if the run fails for it.
+            self.failures_total += sweep_total;
+            for f in sweep_failures {
+                if self.failures.contains(&f) {
+                    self.failures_total -= 1;
+                } else {
+                    self.failures.push(f);
+                }
+            }
+            if self.failures_total > 0 {
+                return Ok(Ok(false));
+            }
+        }
+        Ok(Ok(false))
+    }
+
+    fn pass<'p>(&'p self, failures: &'p Failures) -> Pass<'p, B> {
+        Pass {
+            backing: &self.ctx.shared.backing,
+            moves: self.ctx.moves,
+            control: self.control,
+            failures,
+            workers: self.options.worker_count(),
+        }
+    }
+
+    /// One sweep and the barrier that makes it durable.
+    fn sweep(&mut self, target: KekId, cursor: &[u8]) -> Result<std::result::Result<(), Cancelled>> {
+        self.passes += 1;
+        let failures = Failures::default();
+        let sweep = Sweep {
+            shared: self.ctx.shared,
+            target: self.ctx.shared.keys.kek(target)?,
+            control: self.control,
+            failures: &failures,
+            pace: self.options.rate.map(|r| Mutex::new(Pace::new(r))),
+            counts: Mutex::new(Counts::default()),
+        };
+        let pass_began = Instant::now();
+        let (mut noted, mut reached) = (Instant::now(), cursor.to_vec());
+        let end = self.pass(&failures).run(cursor, &sweep, &mut |at| {
+            self.show(*sweep.counts.lock(), pass_began);
+            if let Some(at) = at {
+                reached = at.to_vec();
+            }
+            if noted.elapsed() >= CURSOR_EVERY {
+                self.journal.borrow_mut().note(State::Sweeping, target, self.started, self.files, &reached);
+                noted = Instant::now();
+            }
+        });
+        // The last second halves are not durable before this, and until then no old KEK may go.
+        if let Err(e) = self.ctx.shared.backing.sync_all() {
+            failures.add("/".to_owned(), &e.into());
+        }
+        self.swept += sweep.counts.into_inner();
+        (self.failures, self.failures_total) = failures.take();
+        // Past a failure the cursor would lead the next run past it too.
+        self.reached = if self.failures_total == 0 { reached } else { Vec::new() };
+        Ok(end.map(|_| ()))
+    }
+
+    /// One fresh scan. `Ok(true)`: every file was seen, and every header is under the target in both slots.
+    fn verify(&mut self, target: KekId) -> std::result::Result<bool, Cancelled> {
+        self.passes += 1;
+        let failures = Failures::default();
+        let verify = Verify {
+            shared: self.ctx.shared,
+            target,
+            control: self.control,
+            failures: &failures,
+            found: Mutex::new(Found::default()),
+        };
+        let pass_began = Instant::now();
+        let end = self.pass(&failures).run(b"", &verify, &mut |_| {
+            let counts = verify.found.lock().counts;
+            self.show(counts, pass_began);
+        });
+        let found = verify.found.into_inner();
+        (self.failures, self.failures_total) = failures.take();
+        let clean = end.map(|e| e.whole && found.behind == 0 && self.failures_total == 0);
+        self.files = found.counts.scanned;
+        self.verified = Some(found);
+        clean
+    }
+
+    /// Marks the old KEKs as proved unused, and destroys them if asked.
+    fn retire(&mut self, target: KekId) -> Result<()> {
+        let (keys, b) = (&self.ctx.shared.keys, &self.ctx.shared.backing);
+        self.enter(State::Retiring, target, b"");
+        for id in plan::unproved(&keys.snapshot()) {
+            keys.retire(b, id)?;
+            self.retired.push(id);
+        }
+        if self.options.destroy_old {
+            for id in plan::in_state(&keys.snapshot(), KekState::Retired) {
+                keys.destroy(b, id)?;
+                self.destroyed.push(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the journal says an earlier run to the same KEK had got to.
+    fn cursor(&self, target: KekId) -> Vec<u8> {
+        self.journal.borrow().last().filter(|l| l.target == target).map(|l| l.cursor.clone()).unwrap_or_default()
+    }
+
+    fn enter(&mut self, state: State, target: KekId, cursor: &[u8]) {
+        self.state = state;
+        self.journal.borrow_mut().note(state, target, self.started, self.files, cursor);
+        self.show(Counts::default(), Instant::now());
+    }
+
+    fn show(&self, counts: Counts, pass_began: Instant) {
+        let seconds = pass_began.elapsed().as_secs_f64();
+        let rate = if seconds > 0.0 { counts.scanned as f64 / seconds } else { 0.0 };
+        let expected = Some(self.files).filter(|f| *f > 0);
+        let eta = expected.filter(|_| rate > 0.0).map(|f| f.saturating_sub(counts.scanned) as f64 / rate);
+        self.progress.update(&Status {
+            state: self.state,
+            paused: self.control.is_paused(),
+            target: self.target,
+            pass: self.passes,
+            counts,
+            expected,
+            rate,
+            elapsed: self.began.elapsed().as_secs_f64(),
+            eta,
+        });
+    }
+
+    fn report(&mut self, target: KekId, outcome: Outcome) -> Report {
+        let keys = &self.ctx.shared.keys;
+        let verified = self.verified.take();
+        Report {
+            outcome,
+            store: keys.store_id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            target,
+            resumed: self.resumed,
+            started: self.started,
+            finished: now(),
+            passes: self.passes,
+            sweep: self.swept,
+            verify: verified.as_ref().map(|v| v.counts),
+            slots_by_kek: verified.map(|v| v.by_kek).unwrap_or_default(),
+            retired: std::mem::take(&mut self.retired),
+            destroyed: std::mem::take(&mut self.destroyed),
+            failures: std::mem::take(&mut self.failures),
+            failures_total: self.failures_total,
+            generation: keys.snapshot().generation,
+        }
+    }
+}

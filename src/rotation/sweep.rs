@@ -1,0 +1,112 @@
+//! The sweep: moves every header of a batch to the target KEK.
+
+use super::control::{Cancelled, Control};
+use super::pace::Pace;
+use super::pass::{Failures, Item, Visitor};
+use super::report::Counts;
+use super::rewrap::{First, Half, Second, first_half, second_half};
+use crate::backing::Backing;
+use crate::store::StoreError;
+use crate::store::keys::KekHandle;
+use crate::store::shared::Shared;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// From so many headers on, one barrier over the whole file system is cheaper than one for each file
+/// (`docs/adr/0010-rotation.md` has the measurement).
+const SYNC_ALL_FROM: usize = 32;
+/// How often a file is begun again whose header changed between the halves.
+const TRIES: usize = 8;
+
+/// Rewraps what it is given.
+pub(super) struct Sweep<'a, B: Backing> {
+    pub(super) shared: &'a Shared<B>,
+    pub(super) target: Arc<KekHandle>,
+    pub(super) control: &'a Control,
+    pub(super) failures: &'a Failures,
+    pub(super) pace: Option<Mutex<Pace>>,
+    pub(super) counts: Mutex<Counts>,
+}
+
+impl<B: Backing> Sweep<'_, B> {
+    fn wait_for_turn(&self) -> Result<(), Cancelled> {
+        self.control.checkpoint()?;
+        let Some(pace) = &self.pace else { return Ok(()) };
+        let wait = pace.lock().grant(1, Instant::now());
+        if wait.is_zero() { Ok(()) } else { self.control.wait(wait) }
+    }
+
+    fn fail(&self, counts: &mut Counts, path: String, e: &StoreError) {
+        counts.failed += 1;
+        self.failures.add(path, e);
+    }
+
+    /// First halves of all `items`. A cancel leaves out the rest: what was begun is to be finished.
+    fn begin(&self, items: Vec<Item<B>>, counts: &mut Counts, end: &mut Result<(), Cancelled>) -> Vec<Box<Half<B>>> {
+        let mut halves = Vec::with_capacity(items.len());
+        for item in items {
+            if end.is_ok() {
+                *end = self.wait_for_turn();
+            }
+            if end.is_err() {
+                break;
+            }
+            let path = item.shown();
+            match first_half(self.shared, &self.target, item) {
+                Ok(First::Current) => counts.current += 1,
+                Ok(First::Empty) => counts.empty += 1,
+                Ok(First::Gone) => counts.vanished += 1,
+                Ok(First::Half(h)) => halves.push(h),
+                Err(e) => self.fail(counts, path, &e),
+            }
+        }
+        halves
+    }
+
+    /// Makes the first halves durable. Those for which that failed are dropped: their old slot must stay.
+    fn barrier(&self, halves: Vec<Box<Half<B>>>, counts: &mut Counts) -> Vec<Box<Half<B>>> {
+        let b = &self.shared.backing;
+        if halves.len() >= SYNC_ALL_FROM && b.sync_all().is_ok() {
+            return halves;
+        }
+        // One by one, also to find out which file a failed barrier was about.
+        let mut durable = Vec::with_capacity(halves.len());
+        for h in halves {
+            match b.sync_file(&h.file) {
+                Ok(()) => durable.push(h),
+                Err(e) => self.fail(counts, h.item.shown(), &e.into()),
+            }
+        }
+        durable
+    }
+}
+
+impl<B: Backing> Visitor<B> for Sweep<'_, B> {
+    fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled> {
+        let mut counts = Counts { scanned: items.len() as u64, ..Counts::default() };
+        let (mut end, mut todo) = (Ok(()), items);
+        for _ in 0..TRIES {
+            let halves = self.begin(std::mem::take(&mut todo), &mut counts, &mut end);
+            for h in self.barrier(halves, &mut counts) {
+                let path = h.item.shown();
+                match second_half(self.shared, h) {
+                    Ok(Second::Done) => counts.rewrapped += 1,
+                    Ok(Second::Again(item)) => todo.push(item),
+                    Err(e) => self.fail(&mut counts, path, &e),
+                }
+            }
+            if todo.is_empty() || end.is_err() {
+                break;
+            }
+        }
+        if end.is_ok() {
+            for item in todo {
+                let busy = std::io::Error::from_raw_os_error(libc::EBUSY);
+                self.fail(&mut counts, item.shown(), &busy.into());
+            }
+        }
+        *self.counts.lock() += counts;
+        end
+    }
+}

@@ -1,0 +1,117 @@
+//! The proof: a fresh scan from disk of both slots of every header. Uses no key and no cache.
+
+use super::control::{Cancelled, Control};
+use super::pass::{Failures, Item, Visitor};
+use super::report::Counts;
+use super::rewrap::{Look, Standing, judge, look};
+use crate::backing::{Access, Backing};
+use crate::format::damage::Damage;
+use crate::format::header::SlotPair;
+use crate::format::ids::KekId;
+use crate::store::header::{SLOTS_LEN, read_slots};
+use crate::store::shared::Shared;
+use crate::store::{Result as StoreResult, StoreError};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+
+/// What a scan found.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Found {
+    pub(super) counts: Counts,
+    /// Headers that are not, in both slots, under the target.
+    pub(super) behind: u64,
+    /// Valid slots by the KEK they name.
+    pub(super) by_kek: BTreeMap<KekId, u64>,
+}
+
+/// Looks at what it is given.
+pub(super) struct Verify<'a, B: Backing> {
+    pub(super) shared: &'a Shared<B>,
+    pub(super) target: KekId,
+    pub(super) control: &'a Control,
+    pub(super) failures: &'a Failures,
+    pub(super) found: Mutex<Found>,
+}
+
+enum Seen {
+    Header(Box<(SlotPair, [u8; SLOTS_LEN])>),
+    Empty,
+    Gone,
+}
+
+impl<B: Backing> Verify<'_, B> {
+    fn read(&self, item: &Item<B>, locked: bool) -> StoreResult<Seen> {
+        let b = &self.shared.backing;
+        let (file, stat) = match look(b, item, Access::Read)? {
+            Look::Open { file, stat, .. } => (file, stat),
+            Look::Empty => return Ok(Seen::Empty),
+            Look::Gone => return Ok(Seen::Gone),
+        };
+        // The lock only keeps a header from being seen half made; it is not needed for one that is whole.
+        let _lock = locked.then(|| self.shared.inode_locks.exclusive(stat.dev, stat.ino));
+        Ok(match read_slots(b, &file)? {
+            None => Seen::Empty,
+            Some((pair, _)) if item.reserved && pair.a == Err(Damage::HeaderMagic) && pair.a == pair.b => Seen::Gone,
+            Some((pair, bytes)) => Seen::Header(Box::new((pair, bytes))),
+        })
+    }
+
+    fn judge(&self, item: &Item<B>, locked: bool, found: &mut Found) -> StoreResult<()> {
+        let (pair, bytes) = match self.read(item, locked)? {
+            Seen::Header(read) => *read,
+            Seen::Empty => {
+                found.counts.empty += 1;
+                return Ok(());
+            }
+            Seen::Gone => {
+                found.counts.vanished += 1;
+                return Ok(());
+            }
+        };
+        let standing = judge(&pair, &bytes, self.shared.keys.store_id(), self.target)?;
+        if standing == Standing::Behind && !locked {
+            return self.judge(item, true, found);
+        }
+        for slot in [&pair.a, &pair.b].into_iter().flatten() {
+            *found.by_kek.entry(slot.kek).or_default() += 1;
+        }
+        match standing {
+            Standing::Current => found.counts.current += 1,
+            Standing::Behind => found.behind += 1,
+        }
+        Ok(())
+    }
+
+    fn one(&self, item: &Item<B>, found: &mut Found) {
+        let result = match self.judge(item, false, found) {
+            Err(StoreError::Damage(_)) => self.judge(item, true, found),
+            other => other,
+        };
+        if let Err(e) = result {
+            found.counts.failed += 1;
+            self.failures.add(item.shown(), &e);
+        }
+    }
+}
+
+impl<B: Backing> Visitor<B> for Verify<'_, B> {
+    fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled> {
+        let mut found = Found::default();
+        let mut end = Ok(());
+        for item in items {
+            end = self.control.checkpoint();
+            if end.is_err() {
+                break;
+            }
+            found.counts.scanned += 1;
+            self.one(&item, &mut found);
+        }
+        let mut all = self.found.lock();
+        all.counts += found.counts;
+        all.behind += found.behind;
+        for (kek, n) in found.by_kek {
+            *all.by_kek.entry(kek).or_default() += n;
+        }
+        end
+    }
+}

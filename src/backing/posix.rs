@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Timestamps, Uid};
 use rustix::io::{Errno, retry_on_intr};
 
+use super::name::one_name;
 use super::{Access, Allocate, Backing, DirEntry, Kind, RenameMode, SetTime, Stat, StatFs, Timestamp, XattrMode};
 use proc_path::ProcPath;
 
@@ -68,16 +69,6 @@ impl AsFd for Node {
 impl AsFd for File {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
-    }
-}
-
-/// A name of one component; anything else would lead out of its directory.
-fn one_name(name: &[u8]) -> io::Result<&[u8]> {
-    match name {
-        b"" => Err(Errno::NOENT.into()),
-        b"." | b".." => Err(Errno::INVAL.into()),
-        _ if name.iter().any(|b| matches!(b, b'/' | 0)) => Err(Errno::INVAL.into()),
-        _ => Ok(name),
     }
 }
 

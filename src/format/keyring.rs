@@ -424,3 +424,279 @@ fn read_kek(r: &mut Reader<'_>) -> Result<KekRecord, Malformed> {
     let wraps = read_wraps(r)?;
     Ok(KekRecord { id, kind, state, created, activated, retired, unused, destroyed, provider, wraps })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    fn root(n: u8) -> RootKeyId {
+        RootKeyId([n; 16])
+    }
+
+    fn wrap(n: u8) -> Wrap {
+        Wrap { root: root(n), bytes: vec![n; 60] }
+    }
+
+    fn kek(n: u8, state: KekState) -> KekRecord {
+        let wraps = if state == KekState::Destroyed { vec![] } else { vec![wrap(1), wrap(2)] };
+        KekRecord {
+            id: KekId([n; 16]),
+            kind: KekKind::Sealed,
+            state,
+            created: 1,
+            activated: 2,
+            retired: 3,
+            unused: 4,
+            destroyed: 5,
+            provider: None,
+            wraps,
+        }
+    }
+
+    fn sample() -> Keyring {
+        Keyring {
+            store: StoreId([9; 16]),
+            generation: 7,
+            incompat: INCOMPAT_PLAINTEXT_NAMES,
+            ro_compat: 0,
+            roots: vec![
+                RootKeyRecord { id: root(1), uri: "keyfile:/k".into() },
+                RootKeyRecord { id: root(2), uri: "passphrase:".into() },
+            ],
+            secret: vec![wrap(1), wrap(2)],
+            keks: vec![
+                kek(1, KekState::Destroyed),
+                kek(2, KekState::Retired),
+                kek(3, KekState::Active),
+                KekRecord { kind: KekKind::External, provider: Some(root(2)), ..kek(4, KekState::Pending) },
+            ],
+        }
+    }
+
+    fn mac(signed: &[u8]) -> [u8; 32] {
+        crate::crypto::kdf::sha256(signed)
+    }
+
+    /// Puts the right checksum on changed bytes.
+    fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
+        let n = bytes.len() - CRC_LEN;
+        let crc = crc32c::crc32c(&bytes[..n]);
+        bytes[n..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn round_trip() {
+        let k = sample();
+        let bytes = k.encode(mac).unwrap();
+        let d = Keyring::decode(&bytes).unwrap();
+        assert_eq!(d.keyring, k);
+        assert_eq!(d.mac, mac(&d.signed));
+        assert_eq!(d.signed, bytes[..bytes.len() - 36]);
+        assert_eq!(d.keyring.active().unwrap().id, KekId([3; 16]));
+        assert_eq!(d.keyring.pending().unwrap().id, KekId([4; 16]));
+    }
+
+    /// The fixed part, byte by byte: what docs/FORMAT.md says, in numbers of its own.
+    #[test]
+    fn layout() {
+        let b = sample().encode(mac).unwrap();
+        assert_eq!(&b[..8], b"ENVLPKR1");
+        assert_eq!(b[8..20], [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(b[20..24], [0; 4]);
+        assert_eq!(b[24..40], [9; 16]);
+        assert_eq!(b[40..50], [7, 0, 0, 0, 0, 0, 0, 0, 2, 0]);
+        assert_eq!(&b[50..78], [&[1u8; 16][..], &[10, 0], b"keyfile:/k"].concat());
+        let secret = 78 + 16 + 2 + 11;
+        assert_eq!(b[secret..secret + 4], [2, 0, 1, 1]);
+        let keks = secret + 2 + 2 * (16 + 2 + 60);
+        assert_eq!(b[keks..keks + 4], [4, 0, 0, 0]);
+        assert_eq!(b[keks + 4 + 16..keks + 4 + 20], [1, 4, 0, 0], "sealed, destroyed");
+        assert_eq!(b.len(), keks + 4 + 4 * 84 + 4 * 2 + 3 * 2 * 78 + 36);
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_cut_is_found() {
+        let good = sample().encode(mac).unwrap();
+        for i in 0..good.len() * 8 {
+            let mut b = good.clone();
+            b[i / 8] ^= 1 << (i % 8);
+            assert_eq!(Keyring::decode(&b), Err(Damage::KeyringUnreadable), "bit {i}");
+        }
+        for n in 0..good.len() {
+            assert_eq!(Keyring::decode(&good[..n]), Err(Damage::KeyringUnreadable), "cut to {n}");
+        }
+        assert!(Keyring::decode(&[&good[..], &[0]].concat()).is_err());
+    }
+
+    #[test]
+    fn leftovers_are_refused_even_with_a_right_checksum() {
+        let mut b = sample().encode(mac).unwrap();
+        let n = b.len();
+        b.splice(n - 36..n - 36, [0]);
+        assert_eq!(Keyring::decode(&seal(b)), Err(Damage::KeyringUnreadable));
+    }
+
+    #[test]
+    fn a_newer_program_is_told_from_damage() {
+        let good = sample().encode(mac).unwrap();
+        let with = |at: usize, v: u8| {
+            let mut b = good.clone();
+            b[at] = v;
+            Keyring::decode(&seal(b)).map(|d| d.keyring)
+        };
+        assert_eq!(with(8, 2), Err(Damage::UnsupportedVersion(2)));
+        assert_eq!(with(9, 1), Err(Damage::UnsupportedVersion(257)));
+        assert_eq!(with(12, 3), Err(Damage::UnsupportedFeature(2)));
+        assert_eq!(with(10, 1), Err(Damage::KeyringUnreadable), "reserved");
+        assert_eq!(with(20, 1), Err(Damage::KeyringUnreadable), "reserved");
+        assert!(with(16, 1).unwrap().read_only(), "read-only-compatible");
+        assert!(!with(16, 0).unwrap().read_only());
+    }
+
+    #[test]
+    fn rules_between_fields_hold_on_both_sides() {
+        let broken: [(&str, fn(&mut Keyring)); 15] = [
+            ("no active", |k| k.keks[2].state = KekState::Retired),
+            ("two active", |k| k.keks[1].state = KekState::Active),
+            ("same KEK twice", |k| k.keks[1].id = k.keks[2].id),
+            ("same root twice", |k| k.roots[1].id = k.roots[0].id),
+            ("no root", |k| k.roots.clear()),
+            ("no secret", |k| k.secret.clear()),
+            ("secret by an unknown root", |k| k.secret[0].root = root(3)),
+            ("wrapped twice by one root", |k| k.keks[1].wraps[0].root = root(2)),
+            ("destroyed with wraps", |k| k.keks[0].wraps.push(wrap(1))),
+            ("not destroyed without wraps", |k| k.keks[1].wraps.clear()),
+            ("sealed with a provider", |k| k.keks[1].provider = Some(root(1))),
+            ("external without a provider", |k| k.keks[3].provider = None),
+            ("provider unknown", |k| k.keks[3].provider = Some(root(7))),
+            ("generation 0", |k| k.generation = 0),
+            ("control character in a URI", |k| k.roots[0].uri.push('\n')),
+        ];
+        for (what, f) in broken {
+            let mut k = sample();
+            f(&mut k);
+            assert_eq!(k.encode(mac), Err(Malformed), "{what}");
+            // The same bytes from somebody who does not check.
+            let len = PREFIX_LEN
+                + 2
+                + k.roots.iter().map(|r| 18 + r.uri.len()).sum::<usize>()
+                + wraps_len(&k.secret)
+                + 4
+                + k.keks.iter().map(KekRecord::len).sum::<usize>();
+            let mut b = vec![0; len];
+            k.write(&mut b).unwrap();
+            b.extend_from_slice(&[0; 36]);
+            assert_eq!(Keyring::decode(&seal(b)), Err(Damage::KeyringUnreadable), "{what}");
+        }
+        for f in [
+            (|k| k.keks[1].wraps[0].bytes = vec![]) as fn(&mut Keyring),
+            |k| k.keks[1].wraps[0].bytes = vec![0; 641],
+            |k| k.roots[0].uri = String::new(),
+            |k| k.roots[0].uri = "u".repeat(1025),
+            |k| k.keks[3].provider = Some(root(0)),
+        ] {
+            let mut k = sample();
+            f(&mut k);
+            assert_eq!(k.encode(mac), Err(Malformed));
+        }
+    }
+
+    #[test]
+    fn counts_are_bounded_before_anything_is_allocated_for_them() {
+        let good = sample().encode(mac).unwrap();
+        for (at, v) in [(48, [0xff, 0xff]), (107, [0xff, 0xff]), (107 + 158, [0xff, 0xff])] {
+            let mut b = good.clone();
+            b[at..at + 2].copy_from_slice(&v);
+            assert_eq!(Keyring::decode(&seal(b)), Err(Damage::KeyringUnreadable), "count at {at}");
+        }
+    }
+
+    fn state() -> impl Strategy<Value = KekState> {
+        prop_oneof![Just(KekState::Pending), Just(KekState::Retired), Just(KekState::Destroyed)]
+    }
+
+    prop_compose! {
+        fn wraps(n: usize)(on in vec(any::<bool>(), n), bytes in vec(vec(any::<u8>(), 1..=640), n)) -> Vec<Wrap> {
+            let all = bytes.into_iter().enumerate().map(|(i, bytes)| Wrap { root: root(i as u8 + 1), bytes });
+            let first = on.iter().position(|b| *b).unwrap_or(0);
+            all.enumerate().filter(|(i, _)| on[*i] || *i == first).map(|(_, w)| w).collect()
+        }
+    }
+
+    prop_compose! {
+        fn record(roots: usize)(
+            id in any::<[u8; 16]>(),
+            external in any::<bool>(),
+            state in state(),
+            t in any::<[u64; 5]>(),
+            provider in 1..=roots as u8,
+            wraps in wraps(roots),
+        ) -> KekRecord {
+            KekRecord {
+                id: KekId(id),
+                kind: if external { KekKind::External } else { KekKind::Sealed },
+                state,
+                created: t[0], activated: t[1], retired: t[2], unused: t[3], destroyed: t[4],
+                provider: external.then_some(root(provider)),
+                wraps: if state == KekState::Destroyed { vec![] } else { wraps },
+            }
+        }
+    }
+
+    prop_compose! {
+        fn keyring()(n in 1usize..4)(
+            store in any::<[u8; 16]>(),
+            generation in 1u64..,
+            plain in any::<bool>(),
+            ro_compat in any::<u32>(),
+            uris in vec("[^\\p{Cc}]{1,40}", n),
+            secret in wraps(n),
+            keks in vec(record(n), 0..5),
+            active in wraps(n),
+        ) -> Keyring {
+            let mut keks: Vec<KekRecord> = keks;
+            keks.push(KekRecord { wraps: active, ..kek(0xaa, KekState::Active) });
+            Keyring {
+                store: StoreId(store),
+                generation,
+                incompat: plain.into(),
+                ro_compat,
+                roots: uris.into_iter().enumerate().map(|(i, uri)| RootKeyRecord { id: root(i as u8 + 1), uri }).collect(),
+                secret,
+                keks,
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_keyring_comes_back(k in keyring()) {
+            let bytes = k.encode(mac).unwrap();
+            prop_assert_eq!(Keyring::decode(&bytes).unwrap().keyring, k);
+        }
+
+        #[test]
+        fn any_bytes_are_safe(bytes in vec(any::<u8>(), 0..400)) {
+            prop_assert!(Keyring::decode(&bytes).is_err());
+            let framed = seal([MAGIC, &[1, 0, 0, 0][..], &bytes, &[0; 36]].concat());
+            let _ = Keyring::decode(&framed);
+        }
+
+        /// What decodes is exactly what its own encoding is: there is one spelling of each keyring.
+        #[test]
+        fn changed_bytes_with_a_right_checksum_never_panic_and_have_one_spelling(
+            k in keyring(), at in any::<proptest::sample::Index>(), v in any::<u8>(),
+        ) {
+            let mut b = k.encode(mac).unwrap();
+            let i = at.index(b.len() - CRC_LEN);
+            b[i] = v;
+            let b = seal(b);
+            if let Ok(d) = Keyring::decode(&b) {
+                prop_assert_eq!(d.keyring.encode(|_| d.mac).unwrap(), b);
+            }
+        }
+    }
+}

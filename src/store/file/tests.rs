@@ -193,7 +193,6 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
     #[test]
     fn a_file_is_its_model(ops in proptest::collection::vec(op(), 1..40)) {

@@ -1,1 +1,100 @@
-//! To come.
+//! File operations in plain arguments and results: what a FUSE adapter, or any other front end, calls.
+//!
+//! [`EnvelopeFs`] adds to the [`Store`] what the kernel's side needs: node ids with exact lookup counts, handles of open
+//! files, directory reading in pieces, and the rule about when setuid bits and file capabilities fall. [`errno::of`] is the
+//! one table from errors to errno.
+
+pub mod errno;
+mod attr;
+mod caller;
+mod directory;
+mod file;
+mod inode;
+mod names;
+mod report;
+mod slab;
+mod snapshot;
+mod xattr;
+
+use std::sync::Arc;
+
+use crate::backing::Backing;
+use crate::store::{Attr, Result, Store, StoreError};
+
+pub use attr::Change;
+pub use caller::Caller;
+pub use directory::{DirItem, PlusItem};
+pub use inode::ROOT;
+pub use names::NewNode;
+pub use report::{Report, failed, panicked};
+pub use xattr::Answer;
+
+use directory::Snapshots;
+use file::Handle;
+use inode::{Inode, Inodes};
+use slab::Slab;
+
+/// The store as a file system: numbered nodes and handles. All methods may be called from many threads at once.
+pub struct EnvelopeFs<B: Backing> {
+    store: Arc<Store<B>>,
+    inodes: Inodes<B>,
+    handles: Slab<Handle<B>>,
+    snapshots: Snapshots,
+    /// New inodes are given to the caller; only root can.
+    gives_away: bool,
+}
+
+/// An inode that a name led to. The kernel has one more lookup of [`Found::node`] to forget.
+#[derive(Debug, Clone, Copy)]
+pub struct Found {
+    pub node: u64,
+    /// Tells an inode from an earlier one with the same number.
+    pub generation: u64,
+    pub attr: Attr,
+}
+
+impl<B: Backing> EnvelopeFs<B> {
+    /// `gives_away`: the process is root, so that what a user creates can be made that user's.
+    pub fn new(store: Arc<Store<B>>, gives_away: bool) -> Self {
+        let inodes = Inodes::new(store.root());
+        Self { store, inodes, handles: Slab::new(), snapshots: Snapshots::new(), gives_away }
+    }
+
+    /// The store below.
+    pub fn store(&self) -> &Arc<Store<B>> {
+        &self.store
+    }
+
+    /// Nodes that the kernel knows, and files that are open.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.inodes.len(), self.handles.len())
+    }
+
+    /// statvfs(3).
+    ///
+    /// # Errors
+    /// Those of the backing directory.
+    pub fn stat_fs(&self) -> Result<crate::backing::StatFs> {
+        self.store.stat_fs()
+    }
+
+    /// The kernel has forgotten `lookups` of `node`.
+    pub fn forget(&self, node: u64, lookups: u64) {
+        if self.inodes.forget(node, lookups) {
+            self.snapshots.drop_of(node);
+        }
+    }
+
+    fn inode(&self, node: u64) -> Result<Arc<Inode<B>>> {
+        self.inodes.get(node).ok_or_else(|| os(libc::ESTALE))
+    }
+
+    fn handle(&self, number: u64) -> Result<Arc<Handle<B>>> {
+        self.handles.get(number).ok_or_else(|| os(libc::EBADF))
+    }
+}
+
+/// An error that has only an errno.
+fn os(errno: i32) -> StoreError {
+    StoreError::Backing(std::io::Error::from_raw_os_error(errno))
+}

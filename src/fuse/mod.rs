@@ -1,1 +1,127 @@
-//! To come.
+//! Mounting through FUSE: an adapter from fuser's trait to [`crate::fs`]. It decides nothing but how to talk to the kernel.
+
+mod adapter;
+mod convert;
+mod mountpoint;
+mod options;
+mod process;
+mod tune;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use fuser::{Config, Session, SessionACL};
+
+use crate::backing::Backing;
+use crate::fs::EnvelopeFs;
+use crate::store::Store;
+
+pub use options::MountOptions;
+
+/// A mounted store. Dropping this leaves it mounted.
+#[derive(Debug)]
+pub struct Mounted {
+    mountpoint: PathBuf,
+    session: JoinHandle<io::Result<()>>,
+}
+
+/// Unmounts; can be sent to another thread, such as the one that waits for signals.
+#[derive(Debug, Clone)]
+pub struct Unmounter {
+    mountpoint: PathBuf,
+}
+
+impl Unmounter {
+    /// Unmounts, as umount(8) does: the kernel writes back what it has cached first.
+    ///
+    /// # Errors
+    /// `EBUSY` while files are open; those of umount(2).
+    pub fn unmount(&self) -> io::Result<()> {
+        mountpoint::unmount(&self.mountpoint, false)
+    }
+
+    /// Takes the mount out of sight now; it ends when the last open file is closed.
+    ///
+    /// # Errors
+    /// Those of umount(2).
+    pub fn detach(&self) -> io::Result<()> {
+        mountpoint::unmount(&self.mountpoint, true)
+    }
+}
+
+impl Mounted {
+    /// Waits until it is unmounted, by whomever. The store is not closed by that: see [`Store::close`].
+    ///
+    /// # Errors
+    /// The FUSE connection's: `ECONNABORTED` if it was aborted through `/sys/fs/fuse`.
+    pub fn wait(self) -> io::Result<()> {
+        self.session.join().unwrap_or_else(|_| Err(io::Error::other("a thread of the FUSE session panicked")))
+    }
+
+    /// Whether it was unmounted and nobody has a file open any more: [`Mounted::wait`] would not wait.
+    pub fn is_over(&self) -> bool {
+        self.session.is_finished()
+    }
+
+    /// The mount point, absolute.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// What unmounts this.
+    pub fn unmount_handle(&self) -> Unmounter {
+        Unmounter { mountpoint: self.mountpoint.clone() }
+    }
+}
+
+/// Mounts `store` and returns once the mount answers.
+///
+/// # Errors
+/// Those of mount(2) or of fusermount3; `InvalidInput` for an option that is not known.
+pub fn mount<B: Backing>(store: Arc<Store<B>>, o: &MountOptions) -> io::Result<Mounted> {
+    let parsed = options::parse(o)?;
+    let at = mountpoint::resolve(&o.mountpoint)?;
+    let root = rustix::process::geteuid().is_root();
+    let fs = EnvelopeFs::new(store, root);
+    let device = mountpoint::mount(&at, o, &parsed)?;
+    let session = start(adapter::Adapter::new(fs, o), device, o).and_then(|session| {
+        // The first answer comes from the threads just started.
+        let answered = rustix::fs::stat(&at)?;
+        Ok((session, answered))
+    });
+    match session {
+        Ok((session, answered)) => {
+            if root && o.raise_dirty_limit && o.writeback {
+                let raised = tune::raise_dirty_limit(answered.st_dev);
+                if let Err(e) = raised {
+                    tracing::warn!(
+                        "could not raise the mount's limit on dirty pages, buffered writes stay slower: {e}"
+                    );
+                }
+            }
+            Ok(Mounted { mountpoint: at, session })
+        }
+        Err(e) => {
+            if let Err(left) = mountpoint::unmount(&at, true) {
+                tracing::warn!("could not unmount {} after a failed start: {left}", at.display());
+            }
+            Err(e)
+        }
+    }
+}
+
+/// Answers the kernel's greeting and starts the threads.
+fn start<B: Backing>(
+    adapter: adapter::Adapter<B>,
+    device: std::os::fd::OwnedFd,
+    o: &MountOptions,
+) -> io::Result<JoinHandle<io::Result<()>>> {
+    let mut config = Config::default();
+    config.n_threads = Some(o.thread_count());
+    config.clone_fd = true;
+    // The kernel lets nobody through who is not allowed; see `mountpoint` for why fuser must not check again.
+    let session = Session::from_fd(adapter, device, SessionACL::All, config)?;
+    std::thread::Builder::new().name("fuse".to_owned()).spawn(move || session.run())
+}

@@ -1,0 +1,110 @@
+//! Attributes, and when setuid bits and file capabilities fall.
+//!
+//! With FUSE_HANDLE_KILLPRIV_V2 the kernel leaves that to us: file capabilities go with every write, truncation and
+//! change of owner; setuid and setgid bits with a write or truncation by somebody without CAP_FSETID. (A change of owner
+//! drops the bits by itself: the backing kernel does that.)
+
+use super::caller::Caller;
+use super::inode::Inode;
+use super::{EnvelopeFs, StoreError};
+use crate::backing::{Backing, Kind, SetTime};
+use crate::store::{Attr, Result, SetAttr};
+
+const SET_BITS: u32 = libc::S_ISUID | libc::S_ISGID;
+pub(super) const CAPABILITY: &[u8] = b"security.capability";
+
+/// What to change of an inode's attributes.
+#[derive(Debug, Clone, Copy)]
+pub struct Change {
+    /// Permission bits with setuid, setgid and sticky.
+    pub mode: Option<u32>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    pub size: Option<u64>,
+    pub atime: SetTime,
+    pub mtime: SetTime,
+    /// An open file to change it through.
+    pub handle: Option<u64>,
+}
+
+impl Change {
+    /// Changes nothing.
+    pub const NONE: Self =
+        Self { mode: None, uid: None, gid: None, size: None, atime: SetTime::Omit, mtime: SetTime::Omit, handle: None };
+}
+
+impl<B: Backing> EnvelopeFs<B> {
+    /// stat(2).
+    ///
+    /// # Errors
+    /// Those of the backing directory; `ESTALE` for a node the kernel was never told of.
+    pub fn get_attr(&self, node: u64) -> Result<Attr> {
+        self.store.getattr(&self.inode(node)?.node)
+    }
+
+    /// chmod(2), chown(2), truncate(2) and utimensat(2), all at once or some of them.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn set_attr(&self, caller: &Caller, node: u64, change: &Change) -> Result<Attr> {
+        let inode = self.inode(node)?;
+        // A handle that is gone is no reason to fail: the change can be made without one.
+        let handle = change.handle.and_then(|h| self.handles.get(h)).filter(|h| h.is_writable());
+        let set = SetAttr {
+            mode: change.mode,
+            uid: change.uid,
+            gid: change.gid,
+            size: change.size,
+            atime: change.atime,
+            mtime: change.mtime,
+            kill_suidgid: change.size.is_some() && !caller.keeps_set_bits(),
+        };
+        let touches_privileges = set.mode.is_some() || set.uid.is_some() || set.gid.is_some();
+        if touches_privileges {
+            inode.privileges.change();
+        }
+        let attr = self.store.setattr(&inode.node, &set, handle.as_ref().map(|h| &h.file));
+        if touches_privileges {
+            inode.privileges.change();
+        }
+        let attr = attr?;
+        if set.size.is_some() || set.uid.is_some() || set.gid.is_some() {
+            self.drop_capability(&inode, attr.kind)?;
+        }
+        Ok(attr)
+    }
+
+    /// Called before data of `inode` changes: drops what a change must not leave, by `kill` setuid and setgid too.
+    pub(super) fn before_change(&self, inode: &Inode<B>, kill: bool) -> Result<()> {
+        if inode.privileges.are_known_absent() {
+            return Ok(());
+        }
+        let before = inode.privileges.look();
+        let mut attr = self.store.getattr(&inode.node)?;
+        if kill && attr.mode & SET_BITS != 0 {
+            attr = self.store.setattr(&inode.node, &SetAttr { kill_suidgid: true, ..SetAttr::default() }, None)?;
+        }
+        self.drop_capability(inode, attr.kind)?;
+        if attr.mode & SET_BITS == 0 {
+            inode.privileges.absent(before);
+        }
+        Ok(())
+    }
+
+    /// Removes file capabilities, if there are any.
+    fn drop_capability(&self, inode: &Inode<B>, kind: Kind) -> Result<()> {
+        if kind != Kind::File || inode.privileges.are_known_absent() {
+            return Ok(());
+        }
+        match self.store.get_xattr(&inode.node, CAPABILITY) {
+            Ok(_) => self.store.remove_xattr(&inode.node, CAPABILITY),
+            Err(e) if is_no_attribute(&e) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// The inode has no such attribute, or the backing directory can hold none.
+pub(super) fn is_no_attribute(e: &StoreError) -> bool {
+    matches!(super::errno::of(e), libc::ENODATA | libc::EOPNOTSUPP)
+}

@@ -1,0 +1,31 @@
+//! Who asks.
+
+use crate::store::Owner;
+
+/// The process that makes a call, as the kernel names it.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller {
+    pub uid: u32,
+    pub gid: u32,
+    /// 0 if the process is not visible from here.
+    pub pid: u32,
+    /// Whether the process `pid` has `gid` among its supplementary groups.
+    pub has_group: fn(pid: u32, gid: u32) -> bool,
+}
+
+impl Caller {
+    /// Whether setuid and setgid bits stay when this caller writes (CAP_FSETID). The kernel says so for writes; for
+    /// truncation it does too, but not in a field that reaches us, so root stands for it.
+    pub(super) fn keeps_set_bits(&self) -> bool {
+        self.uid == 0
+    }
+
+    /// Whether the caller may set the setgid bit on something of group `gid`.
+    pub(super) fn is_in_group(&self, gid: u32) -> bool {
+        self.uid == 0 || self.gid == gid || (self.has_group)(self.pid, gid)
+    }
+
+    pub(super) fn owner(&self) -> Owner {
+        Owner { uid: self.uid, gid: self.gid }
+    }
+}

@@ -1,0 +1,168 @@
+//! Open files.
+
+use std::sync::Arc;
+
+use super::attr::Change;
+use super::caller::Caller;
+use super::inode::Inode;
+use super::{EnvelopeFs, Found, StoreError, os};
+use crate::backing::{Access, Backing};
+use crate::store::Result;
+use crate::store::file::{FileAllocate, OpenFile};
+
+/// Most that one copy request moves: a request that takes long holds up a thread that others wait for.
+const COPY_MAX: u64 = 16 << 20;
+
+/// An open file.
+pub(super) struct Handle<B: Backing> {
+    pub inode: Arc<Inode<B>>,
+    pub file: OpenFile<B>,
+    access: Access,
+}
+
+impl<B: Backing> Handle<B> {
+    pub(super) fn is_writable(&self) -> bool {
+        self.access == Access::ReadWrite
+    }
+}
+
+/// What open(2)'s flags mean here: writers read too, because a write of part of a block reads the rest, and so does the
+/// kernel's page cache.
+fn access_of(flags: i32) -> Access {
+    let reads_only = flags & libc::O_ACCMODE == libc::O_RDONLY && flags & libc::O_TRUNC == 0;
+    if reads_only { Access::Read } else { Access::ReadWrite }
+}
+
+impl<B: Backing> EnvelopeFs<B> {
+    /// Makes a file and opens it.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn create(&self, caller: &Caller, parent: u64, name: &[u8], mode: u32, umask: u32) -> Result<(Found, u64)> {
+        let dir = self.inode(parent)?;
+        let (node, attr, file) = self.store.create(&dir.node, name, mode & 0o7777, umask, self.owner(caller))?;
+        let found = self.enter(node, attr);
+        let inode = self.inode(found.node)?;
+        let handle = self.handles.insert(Handle { inode, file, access: Access::ReadWrite });
+        Ok((found, handle))
+    }
+
+    /// Opens a file; with `O_TRUNC`, empties it too.
+    ///
+    /// # Errors
+    /// Those of the store; no key shows here.
+    pub fn open(&self, caller: &Caller, node: u64, flags: i32) -> Result<u64> {
+        let inode = self.inode(node)?;
+        let access = access_of(flags);
+        let file = self.store.open_file(&inode.node, access)?;
+        let handle = self.handles.insert(Handle { inode, file, access });
+        if flags & libc::O_TRUNC != 0 {
+            let empty = Change { size: Some(0), handle: Some(handle), ..Change::NONE };
+            if let Err(e) = self.set_attr(caller, node, &empty) {
+                self.release(handle);
+                return Err(e);
+            }
+        }
+        Ok(handle)
+    }
+
+    /// Closes an open file.
+    pub fn release(&self, handle: u64) {
+        drop(self.handles.remove(handle));
+    }
+
+    /// Reads into `buf`; less than its length only at the end of the file.
+    ///
+    /// # Errors
+    /// `Damage` for a block that does not authenticate; those of the backing directory.
+    pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        self.handle(handle)?.file.read(offset, buf)
+    }
+
+    /// Writes all of `data`. `kill`: the writer has no right to leave setuid and setgid bits.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn write(&self, handle: u64, offset: u64, data: &[u8], kill: bool) -> Result<usize> {
+        let handle = self.writable(handle)?;
+        self.before_change(&handle.inode, kill)?;
+        handle.file.write(offset, data)
+    }
+
+    /// Makes the file durable, and the names that lead to it.
+    ///
+    /// # Errors
+    /// Those of the backing directory.
+    pub fn sync_file(&self, handle: u64) -> Result<()> {
+        let handle = self.handle(handle)?;
+        self.store.sync_file(&handle.inode.node, &handle.file)
+    }
+
+    /// fallocate(2).
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn allocate(&self, caller: &Caller, handle: u64, mode: FileAllocate, offset: u64, len: u64) -> Result<()> {
+        let handle = self.writable(handle)?;
+        self.before_change(&handle.inode, !caller.keeps_set_bits())?;
+        handle.file.allocate(mode, offset, len)
+    }
+
+    /// `SEEK_DATA`, or else `SEEK_HOLE`.
+    ///
+    /// # Errors
+    /// `NoSuchOffset`; those of the store.
+    pub fn seek(&self, handle: u64, offset: u64, data: bool) -> Result<u64> {
+        self.handle(handle)?.file.seek(offset, data)
+    }
+
+    /// copy_file_range(2) through `buf`: copies some of the range and says how much.
+    ///
+    /// # Errors
+    /// Those of the store, if nothing was copied before.
+    pub fn copy_range(
+        &self,
+        caller: &Caller,
+        from: (u64, u64),
+        to: (u64, u64),
+        len: u64,
+        buf: &mut [u8],
+    ) -> Result<u64> {
+        let (source, target) = (self.handle(from.0)?, self.writable(to.0)?);
+        self.before_change(&target.inode, !caller.keeps_set_bits())?;
+        let len = len.min(COPY_MAX);
+        let mut done = 0;
+        while done < len {
+            let piece = usize::try_from(len - done).map_or(buf.len(), |left| left.min(buf.len()));
+            let piece = buf.get_mut(..piece).unwrap_or_default();
+            match copy_piece(&source.file, from.1 + done, &target.file, to.1 + done, piece) {
+                Ok(0) => break,
+                Ok(n) => done += n as u64,
+                Err(_) if done > 0 => break,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
+
+    /// The id of an open file, for the log; `None` if it has no header yet.
+    pub fn file_id(&self, handle: u64) -> Option<String> {
+        Some(self.handles.get(handle)?.file.core().file_id()?.to_string())
+    }
+
+    fn writable(&self, handle: u64) -> Result<Arc<Handle<B>>> {
+        let handle = self.handle(handle)?;
+        if handle.is_writable() { Ok(handle) } else { Err(os(libc::EBADF)) }
+    }
+}
+
+fn copy_piece<B: Backing>(
+    from: &OpenFile<B>,
+    at: u64,
+    to: &OpenFile<B>,
+    target: u64,
+    buf: &mut [u8],
+) -> std::result::Result<usize, StoreError> {
+    let read = from.read(at, buf)?;
+    to.write(target, buf.get(..read).unwrap_or_default())
+}

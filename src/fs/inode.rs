@@ -1,0 +1,162 @@
+//! Node ids: the numbers by which the kernel names inodes, and how many lookups of each it still holds.
+//!
+//! A node's id is the backing inode's number, so `st_ino` is the same in every mount. Inodes of another device below the
+//! backing directory, and number 1 (the root's, to FUSE), get ids from the upper half, which no file system uses.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+use crate::backing::Backing;
+use crate::store::Node;
+
+/// The root directory's id.
+pub const ROOT: u64 = 1;
+/// Ids that are not inode numbers lie here.
+const UPPER: u64 = 1 << 63;
+
+/// An inode that the kernel knows.
+pub(super) struct Inode<B: Backing> {
+    pub id: u64,
+    pub node: Arc<Node<B>>,
+    pub privileges: Privileges,
+}
+
+/// Ids to inodes, with lookup counts.
+pub(super) struct Inodes<B: Backing> {
+    map: RwLock<HashMap<u64, Known<B>>>,
+    device: u64,
+}
+
+struct Known<B: Backing> {
+    inode: Arc<Inode<B>>,
+    lookups: AtomicU64,
+}
+
+impl<B: Backing> Inodes<B> {
+    /// Knows the root, which is never forgotten.
+    pub(super) fn new(root: Arc<Node<B>>) -> Self {
+        let device = root.key().0;
+        let inode = Arc::new(Inode { id: ROOT, node: root, privileges: Privileges::unknown() });
+        let known = Known { inode, lookups: AtomicU64::new(1) };
+        Self { map: RwLock::new(HashMap::from([(ROOT, known)])), device }
+    }
+
+    /// The id of `node`, whether it is known or not.
+    pub(super) fn id_of(&self, node: &Node<B>) -> u64 {
+        if node.id() == ROOT { ROOT } else { self.id_for(node.key().0, node.key().1).unwrap_or(UPPER | node.id()) }
+    }
+
+    /// The id that an inode number stands for; `None` if such an inode's id is not its number.
+    pub(super) fn id_for(&self, dev: u64, ino: u64) -> Option<u64> {
+        (dev == self.device && ino > ROOT && ino < UPPER).then_some(ino)
+    }
+
+    pub(super) fn get(&self, id: u64) -> Option<Arc<Inode<B>>> {
+        Some(self.map.read().get(&id)?.inode.clone())
+    }
+
+    /// One more lookup of `node`.
+    pub(super) fn enter(&self, node: Arc<Node<B>>) -> Arc<Inode<B>> {
+        let id = self.id_of(&node);
+        if let Some(known) = self.map.read().get(&id) {
+            // Under the lock, so that forget, which removes under the exclusive one, sees it.
+            known.lookups.fetch_add(1, Ordering::Relaxed);
+            return known.inode.clone();
+        }
+        let mut map = self.map.write();
+        let known = map.entry(id).or_insert_with(|| Known {
+            inode: Arc::new(Inode { id, node, privileges: Privileges::unknown() }),
+            lookups: AtomicU64::new(0),
+        });
+        known.lookups.fetch_add(1, Ordering::Relaxed);
+        known.inode.clone()
+    }
+
+    /// Takes away `lookups`; says whether the inode is no longer known.
+    pub(super) fn forget(&self, id: u64, lookups: u64) -> bool {
+        if id == ROOT {
+            return false;
+        }
+        match self.map.read().get(&id) {
+            None => return false,
+            Some(known) => {
+                let take = |held: u64| Some(held.saturating_sub(lookups));
+                let before = known.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+                if before.is_ok_and(|held| held > lookups) {
+                    return false;
+                }
+            }
+        }
+        let mut map = self.map.write();
+        let gone = map.get(&id).is_some_and(|known| known.lookups.load(Ordering::Relaxed) == 0);
+        let known = if gone { map.remove(&id) } else { None };
+        drop(map);
+        // Dropped here: closing descriptors takes its time, and the lock is everybody's.
+        known.is_some()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.map.read().len()
+    }
+
+    #[cfg(test)]
+    pub(super) fn lookups(&self, id: u64) -> u64 {
+        self.map.read().get(&id).map_or(0, |k| k.lookups.load(Ordering::Relaxed))
+    }
+}
+
+/// Whether an inode is known to have neither setuid or setgid bits nor file capabilities, so that a write need not look.
+///
+/// The value is a count of changes, times two, plus one if it is known. Whoever looks remembers the count from before,
+/// and what was seen counts only if nothing changed meanwhile.
+pub(super) struct Privileges(AtomicU64);
+
+/// The count before looking.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Before(u64);
+
+impl Privileges {
+    fn unknown() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    pub(super) fn are_known_absent(&self) -> bool {
+        self.0.load(Ordering::Acquire) & 1 == 1
+    }
+
+    pub(super) fn look(&self) -> Before {
+        Before(self.0.load(Ordering::Acquire) & !1)
+    }
+
+    /// None were seen since `before`.
+    pub(super) fn absent(&self, before: Before) {
+        // Failing means that they were changed meanwhile, or that another thread has seen the same.
+        let _ = self.0.compare_exchange(before.0, before.0 | 1, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Mode, owner or capabilities are being changed: call it before and after.
+    pub(super) fn change(&self) {
+        let _ = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |v| Some((v | 1).wrapping_add(1)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_seen_before_a_change_does_not_count() {
+        let p = Privileges::unknown();
+        let before = p.look();
+        p.change();
+        p.absent(before);
+        assert!(!p.are_known_absent());
+        p.absent(p.look());
+        assert!(p.are_known_absent());
+        p.change();
+        assert!(!p.are_known_absent());
+    }
+}

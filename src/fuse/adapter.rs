@@ -1,0 +1,550 @@
+//! fuser's [`Filesystem`] in terms of [`EnvelopeFs`].
+//!
+//! Not implemented, so that the kernel does it itself or never asks again: `flush` (writes have reached us by then, and
+//! nothing waits to be flushed), `opendir` and `releasedir` (directories are read without handles), `access` (the
+//! kernel checks permissions), locks (local), `bmap`, `ioctl`, `poll`.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::convert::{file_attr, file_type, kind_of, rdev, set_time};
+use super::options::MountOptions;
+use super::process;
+use crate::backing::{Backing, RenameMode, XattrMode};
+use crate::fs::{Answer, Caller, Change, EnvelopeFs, Found, NewNode, PlusItem, Report, failed, panicked};
+use crate::store::StoreError;
+use crate::store::file::FileAllocate;
+
+/// Largest read and write request.
+const REQUEST_MAX: u32 = 1 << 20;
+
+thread_local! {
+    /// Content on its way to the kernel. One for each thread, so that no request allocates.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The file system as fuser calls it.
+pub(super) struct Adapter<B: Backing> {
+    fs: EnvelopeFs<B>,
+    ttl: Duration,
+    writeback: bool,
+    max_background: u16,
+}
+
+impl<B: Backing> Adapter<B> {
+    pub(super) fn new(fs: EnvelopeFs<B>, o: &MountOptions) -> Self {
+        let ttl = Duration::from_secs(o.cache_seconds.into());
+        Self { fs, ttl, writeback: o.writeback, max_background: o.max_background }
+    }
+
+    /// Runs an operation. Whatever happens in it, the daemon lives on.
+    fn run<R>(
+        &self,
+        operation: &'static str,
+        node: INodeNo,
+        f: impl FnOnce() -> Result<R, StoreError>,
+    ) -> Result<R, Errno> {
+        self.run_on(operation, node, None, f)
+    }
+
+    /// As [`Adapter::run`], on an open file.
+    fn run_on<R>(
+        &self,
+        operation: &'static str,
+        node: INodeNo,
+        handle: Option<FileHandle>,
+        f: impl FnOnce() -> Result<R, StoreError>,
+    ) -> Result<R, Errno> {
+        match catch_unwind(AssertUnwindSafe(f)) {
+            Ok(Ok(r)) => Ok(r),
+            Ok(Err(e)) => {
+                let file = handle.and_then(|h| self.fs.file_id(h.0));
+                Err(Errno::from_i32(failed(Report { operation, node: node.0, file: file.as_deref() }, &e)))
+            }
+            Err(_) => Err(Errno::from_i32(panicked(operation, node.0))),
+        }
+    }
+
+    fn reply_entry(&self, reply: ReplyEntry, found: Result<Found, Errno>) {
+        match found {
+            Ok(f) => reply.entry(&self.ttl, &file_attr(f.node, &f.attr), Generation(f.generation)),
+            Err(e) => reply.error(e),
+        }
+    }
+}
+
+/// Capabilities that are wanted wherever the kernel has them.
+const WANTED: [InitFlags; 10] = [
+    InitFlags::FUSE_ASYNC_READ,
+    InitFlags::FUSE_BIG_WRITES,
+    InitFlags::FUSE_MAX_PAGES,
+    InitFlags::FUSE_PARALLEL_DIROPS,
+    InitFlags::FUSE_DO_READDIRPLUS,
+    InitFlags::FUSE_READDIRPLUS_AUTO,
+    InitFlags::FUSE_ATOMIC_O_TRUNC,
+    InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+    InitFlags::FUSE_CACHE_SYMLINKS,
+    // So that a connection that was aborted is told from one that was unmounted.
+    InitFlags::FUSE_ABORT_ERROR,
+];
+
+fn caller(r: &Request) -> Caller {
+    Caller { uid: r.uid(), gid: r.gid(), pid: r.pid(), has_group: process::has_group }
+}
+
+fn empty(reply: ReplyEmpty, r: Result<(), Errno>) {
+    match r {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(e),
+    }
+}
+
+fn xattr(reply: ReplyXattr, r: Result<Answer, Errno>) {
+    match r {
+        Ok(Answer::Size(n)) => reply.size(n),
+        Ok(Answer::Data(d)) => reply.data(&d),
+        Err(e) => reply.error(e),
+    }
+}
+
+/// "There is no such name", in a form that the kernel remembers: an entry with node id 0.
+fn absent() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
+
+fn allocate_mode(mode: i32) -> Option<FileAllocate> {
+    const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+    const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
+    const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+    const ZERO_KEEP: i32 = ZERO | KEEP;
+    Some(match mode {
+        0 => FileAllocate::Default,
+        KEEP => FileAllocate::KeepSize,
+        PUNCH => FileAllocate::PunchHole,
+        ZERO => FileAllocate::ZeroRange { keep_size: false },
+        ZERO_KEEP => FileAllocate::ZeroRange { keep_size: true },
+        _ => return None,
+    })
+}
+
+fn rename_mode(flags: RenameFlags) -> Option<RenameMode> {
+    match flags {
+        f if f.is_empty() => Some(RenameMode::Replace),
+        RenameFlags::RENAME_NOREPLACE => Some(RenameMode::NoReplace),
+        RenameFlags::RENAME_EXCHANGE => Some(RenameMode::Exchange),
+        _ => None,
+    }
+}
+
+/// Lends this thread's buffer, `len` bytes of it.
+fn with_buffer<R>(len: usize, f: impl FnOnce(&mut [u8]) -> R) -> R {
+    BUFFER.with_borrow_mut(|b| {
+        if b.len() < len {
+            b.resize(len.max(REQUEST_MAX as usize), 0);
+        }
+        f(b.get_mut(..len).unwrap_or_default())
+    })
+}
+
+impl<B: Backing> Filesystem for Adapter<B> {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        for wanted in WANTED {
+            // Refused means that this kernel does not have it: then we do without.
+            let _ = config.add_capabilities(wanted);
+        }
+        if self.fs.has_acls() && config.add_capabilities(InitFlags::FUSE_POSIX_ACL).is_ok() {
+            // Only the backing directory knows whether a default ACL takes the umask's place.
+            let _ = config.add_capabilities(InitFlags::FUSE_DONT_MASK);
+        }
+        if self.writeback {
+            let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
+        }
+        // What is out of range is set to the nearest that is not.
+        if let Err(nearest) = config.set_max_write(REQUEST_MAX) {
+            let _ = config.set_max_write(nearest);
+        }
+        if let Err(nearest) = config.set_max_readahead(REQUEST_MAX) {
+            let _ = config.set_max_readahead(nearest);
+        }
+        let _ = config.set_max_background(self.max_background);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.run("lookup", parent, || self.fs.lookup(parent.0, name.as_bytes())) {
+            Err(e) if e.code() == libc::ENOENT => reply.entry(&self.ttl, &absent(), Generation(0)),
+            found => self.reply_entry(reply, found),
+        }
+    }
+
+    fn forget(&self, _: &Request, node: INodeNo, lookups: u64) {
+        let _ = self.run("forget", node, || {
+            self.fs.forget(node.0, lookups);
+            Ok(())
+        });
+    }
+
+    fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.run("getattr", node, || self.fs.get_attr(node.0)) {
+            Ok(a) => reply.attr(&self.ttl, &file_attr(node.0, &a)),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn setattr(
+        &self,
+        r: &Request,
+        node: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let change = Change {
+            mode: mode.map(|m| m & 0o7777),
+            uid,
+            gid,
+            size,
+            atime: set_time(atime),
+            mtime: set_time(mtime),
+            handle: handle.map(|h| h.0),
+        };
+        match self.run_on("setattr", node, handle, || self.fs.set_attr(&caller(r), node.0, &change)) {
+            Ok(a) => reply.attr(&self.ttl, &file_attr(node.0, &a)),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
+        match self.run("readlink", node, || self.fs.read_link(node.0)) {
+            Ok(target) => reply.data(&target),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn mknod(&self, r: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, dev: u32, reply: ReplyEntry) {
+        let found = self.run("mknod", parent, || {
+            let kind = kind_of(mode).ok_or(StoreError::Invalid)?;
+            let new = NewNode { kind, mode: mode & 0o7777, umask, rdev: rdev(dev) };
+            self.fs.mknod(&caller(r), parent.0, name.as_bytes(), &new)
+        });
+        self.reply_entry(reply, found);
+    }
+
+    fn mkdir(&self, r: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        let make = || self.fs.mkdir(&caller(r), parent.0, name.as_bytes(), mode & 0o7777, umask);
+        self.reply_entry(reply, self.run("mkdir", parent, make));
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        empty(reply, self.run("unlink", parent, || self.fs.unlink(parent.0, name.as_bytes())));
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        empty(reply, self.run("rmdir", parent, || self.fs.rmdir(parent.0, name.as_bytes())));
+    }
+
+    fn symlink(&self, r: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let target = target.as_os_str().as_bytes();
+        let make = || self.fs.symlink(&caller(r), parent.0, name.as_bytes(), target);
+        self.reply_entry(reply, self.run("symlink", parent, make));
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        to: INodeNo,
+        to_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let done = self.run("rename", parent, || {
+            let mode = rename_mode(flags).ok_or(StoreError::Invalid)?;
+            self.fs.rename((parent.0, name.as_bytes()), (to.0, to_name.as_bytes()), mode)
+        });
+        empty(reply, done);
+    }
+
+    fn link(&self, _: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.reply_entry(reply, self.run("link", node, || self.fs.link(node.0, parent.0, name.as_bytes())));
+    }
+
+    fn open(&self, r: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        match self.run("open", node, || self.fs.open(&caller(r), node.0, flags.0)) {
+            // Nobody changes the file but through this kernel, so what it has cached stays right.
+            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn create(
+        &self,
+        r: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        match self.run("create", parent, || self.fs.create(&caller(r), parent.0, name.as_bytes(), mode, umask)) {
+            Ok((f, handle)) => {
+                let attr = file_attr(f.node, &f.attr);
+                let generation = Generation(f.generation);
+                reply.created(&self.ttl, &attr, generation, FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
+            }
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        with_buffer(size as usize, |buf| {
+            match self.run_on("read", node, Some(handle), || self.fs.read(handle.0, offset, buf)) {
+                Ok(n) => reply.data(buf.get(..n).unwrap_or_default()),
+                Err(e) => reply.error(e),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.run_on("write", node, Some(handle), || self.fs.write(handle.0, offset, data, kill)) {
+            // At most what was asked for, which had a 32-bit length.
+            Ok(n) => reply.written(n as u32),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        let done = self.run("release", node, || {
+            self.fs.release(handle.0);
+            Ok(())
+        });
+        empty(reply, done);
+    }
+
+    fn fsync(&self, _: &Request, node: INodeNo, handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        empty(reply, self.run_on("fsync", node, Some(handle), || self.fs.sync_file(handle.0)));
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn readdir(&self, _: &Request, node: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let done = self.run("readdir", node, || {
+            self.fs.read_dir(node.0, offset, |d| {
+                !reply.add(INodeNo(d.ino), d.next, file_type(d.kind), OsStr::from_bytes(d.name))
+            })
+        });
+        match done {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn readdirplus(&self, _: &Request, node: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        let done = self.run("readdirplus", node, || {
+            self.fs.read_dir_plus(node.0, offset, |item| {
+                let full = match item {
+                    PlusItem::Dots(d) => {
+                        let attr = FileAttr { ino: INodeNo(d.ino), kind: FileType::Directory, ..absent() };
+                        let name = OsStr::from_bytes(d.name);
+                        reply.add(attr.ino, d.next, name, &Duration::ZERO, &attr, Generation(0))
+                    }
+                    PlusItem::Entry { name, next, found } => {
+                        let attr = file_attr(found.node, &found.attr);
+                        let generation = Generation(found.generation);
+                        reply.add(attr.ino, next, OsStr::from_bytes(name), &self.ttl, &attr, generation)
+                    }
+                };
+                !full
+            })
+        });
+        match done {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, _: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, node: INodeNo, _: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        empty(reply, self.run("fsyncdir", node, || self.fs.sync_dir(node.0)));
+    }
+
+    fn statfs(&self, _: &Request, node: INodeNo, reply: ReplyStatfs) {
+        match self.run("statfs", node, || self.fs.stat_fs()) {
+            Ok(s) => reply.statfs(s.blocks, s.bfree, s.bavail, s.files, s.ffree, s.bsize, s.namelen, s.frsize),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        r: &Request,
+        node: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let done = self.run("setxattr", node, || {
+            let mode = match flags {
+                0 => XattrMode::Any,
+                libc::XATTR_CREATE => XattrMode::Create,
+                libc::XATTR_REPLACE => XattrMode::Replace,
+                _ => return Err(StoreError::Invalid),
+            };
+            self.fs.set_xattr(&caller(r), node.0, name.as_bytes(), value, mode)
+        });
+        empty(reply, done);
+    }
+
+    fn getxattr(&self, _: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        xattr(reply, self.run("getxattr", node, || self.fs.get_xattr(node.0, name.as_bytes(), size)));
+    }
+
+    fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        xattr(reply, self.run("listxattr", node, || self.fs.list_xattr(node.0, size)));
+    }
+
+    fn removexattr(&self, _: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        empty(reply, self.run("removexattr", node, || self.fs.remove_xattr(node.0, name.as_bytes())));
+    }
+
+    fn fallocate(
+        &self,
+        r: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        len: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let done = self.run_on("fallocate", node, Some(handle), || {
+            let mode = allocate_mode(mode).ok_or(StoreError::NotSupported)?;
+            self.fs.allocate(&caller(r), handle.0, mode, offset, len)
+        });
+        empty(reply, done);
+    }
+
+    fn lseek(&self, _: &Request, node: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let found = self.run_on("lseek", node, Some(handle), || {
+            let from = u64::try_from(offset).map_err(|_| StoreError::NoSuchOffset)?;
+            let data = match whence {
+                libc::SEEK_DATA => true,
+                libc::SEEK_HOLE => false,
+                _ => return Err(StoreError::Invalid),
+            };
+            let at = self.fs.seek(handle.0, from, data)?;
+            i64::try_from(at).map_err(|_| StoreError::TooLarge)
+        });
+        match found {
+            Ok(at) => reply.offset(at),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        r: &Request,
+        node: INodeNo,
+        from: FileHandle,
+        from_offset: u64,
+        _to_node: INodeNo,
+        to: FileHandle,
+        to_offset: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let copied = with_buffer(REQUEST_MAX as usize, |buf| {
+            self.run_on("copy_file_range", node, Some(from), || {
+                self.fs.copy_range(&caller(r), (from.0, from_offset), (to.0, to_offset), len, buf)
+            })
+        });
+        match copied {
+            // Bounded well below.
+            Ok(n) => reply.written(n as u32),
+            Err(e) => reply.error(e),
+        }
+    }
+}

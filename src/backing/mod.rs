@@ -6,6 +6,8 @@
 //! tears, loses and reorders what was not synced. Names are the backing directory's own, encrypted or not: this layer
 //! knows no keys. Errors are the kernel's, as [`std::io::Error`] with `raw_os_error` set.
 
+#[cfg(test)]
+mod differential;
 mod name;
 pub mod posix;
 pub mod sim;

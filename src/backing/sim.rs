@@ -543,11 +543,11 @@ impl Backing for SimDisk {
     }
 
     fn allocate(&self, file: &SimFile, mode: Allocate, offset: u64, len: u64) -> io::Result<()> {
-        file.check_write(libc::EBADF)?;
         let mut state = self.begin(Op::Allocate, &[&file.node])?;
         if len == 0 {
             return Err(errno(libc::EINVAL));
         }
+        file.check_write(libc::EBADF)?;
         let end = offset.checked_add(len).filter(|end| *end <= MOST_BYTES).ok_or_else(|| errno(libc::EFBIG))?;
         let ino = file.node.ino;
         let now = state.now();

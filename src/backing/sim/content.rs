@@ -80,10 +80,11 @@ impl Content {
 
     /// Allocates the pages of `from..to`, at most `room` of them; returns whether that was enough.
     pub(super) fn reserve(&mut self, from: u64, to: u64, room: u64) -> bool {
-        let last = to.div_ceil(PAGE_LEN as u64);
-        let missing: Vec<u64> = (from / PAGE_LEN as u64..last)
-            .filter(|i| !self.now.contains_key(i) && !self.reserved.contains(i))
-            .collect();
+        let pages = from / PAGE_LEN as u64..to.div_ceil(PAGE_LEN as u64);
+        if pages.end - pages.start > MOST_RESERVED {
+            return false;
+        }
+        let missing: Vec<u64> = pages.filter(|i| !self.now.contains_key(i) && !self.reserved.contains(i)).collect();
         let enough = missing.len() as u64 <= room;
         if enough {
             self.reserved.extend(missing);

@@ -276,6 +276,8 @@ impl State {
         (to, to_name): (u64, &[u8]),
         mode: RenameMode,
     ) -> io::Result<()> {
+        self.dir(from)?;
+        self.dir(to)?;
         let moved = self.child(from, from_name)?;
         let target = match self.child(to, to_name) {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) && !to_name.is_empty() => None,

@@ -125,10 +125,10 @@ fn pick(rng: &mut Prng, candidates: Vec<Option<Arc<Page>>>, got_there: u64, tear
         return first;
     }
     let mut torn: Page = first.as_deref().copied().unwrap_or([0; PAGE_LEN]);
-    for sector in torn.chunks_exact_mut(SECTOR).enumerate() {
-        let (index, bytes) = sector;
-        if let Some(other) = candidates.get(rng.below(candidates.len())).cloned().flatten() {
-            bytes.copy_from_slice(&other[index * SECTOR..(index + 1) * SECTOR]);
+    for (index, sector) in torn.chunks_exact_mut(SECTOR).enumerate() {
+        match candidates.get(rng.below(candidates.len())).and_then(Option::as_ref) {
+            Some(other) => sector.copy_from_slice(&other[index * SECTOR..(index + 1) * SECTOR]),
+            None => sector.fill(0),
         }
     }
     Some(Arc::new(torn))

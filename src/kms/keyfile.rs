@@ -163,3 +163,146 @@ impl KeyProvider for KeyFile {
             .map_err(|_| KmsError::BadCiphertext(format!("not by the key in {}", self.uri)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kms::{ConnectOptions, KeyPurpose, connect};
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::PathBuf;
+
+    struct Place(tempfile::TempDir);
+
+    impl Place {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn path(&self) -> PathBuf {
+            self.0.path().join("key")
+        }
+
+        fn uri(&self) -> RootKeyUri {
+            RootKeyUri::parse(&format!("keyfile:{}", self.path().display())).unwrap()
+        }
+
+        fn write(&self, content: &[u8], mode: u32) -> RootKeyUri {
+            let _ = std::fs::remove_file(self.path());
+            std::fs::write(self.path(), content).unwrap();
+            std::fs::set_permissions(self.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            self.uri()
+        }
+    }
+
+    fn context() -> WrapContext {
+        WrapContext { store: [1; 16], purpose: KeyPurpose::Kek, object: [2; 16], extra: vec![] }
+    }
+
+    #[test]
+    fn raw_and_hexadecimal_are_the_same_key() {
+        let at = Place::new();
+        let raw: Vec<u8> = (1..=32).collect();
+        let digits: String = raw.iter().map(|b| format!("{b:02x}")).collect();
+        let key = Secret32::random();
+        let w = KeyFile::open(&at.write(&raw, 0o600)).unwrap().wrap(&key, &context()).unwrap();
+        assert_eq!(w.len(), 60);
+        for text in [digits.clone(), format!("{digits}\n"), format!("{digits}\r\n"), digits.to_uppercase()] {
+            let k = KeyFile::open(&at.write(text.as_bytes(), 0o400)).unwrap();
+            assert!(k.unwrap(&w, &context()).unwrap().ct_eq(&key));
+            let other = WrapContext { object: [3; 16], ..context() };
+            assert!(matches!(k.unwrap(&w, &other), Err(KmsError::BadCiphertext(_))));
+        }
+        let other = KeyFile::open(&at.write(&[7; 32], 0o600)).unwrap();
+        assert!(matches!(other.unwrap(&w, &context()), Err(KmsError::BadCiphertext(_))));
+    }
+
+    /// What is wrapped is what docs/FORMAT.md says, computed here step by step.
+    #[test]
+    fn the_wrapped_form_is_as_documented() {
+        let at = Place::new();
+        let k = KeyFile::open(&at.write(&[7; 32], 0o600)).unwrap();
+        let key = Secret32::random();
+        let w = k.wrap(&key, &context()).unwrap();
+        let wrap_key = derive(&Secret32::build(|b| b.fill(7)), "envelopefs/v1/root-wrap", b"");
+        let aad = [&b"envelopefs/v1/kek\0"[..], &[1; 16], &[2; 16]].concat();
+        assert_eq!(GcmSiv::open_random(&wrap_key, &aad, &w).unwrap(), key.expose());
+    }
+
+    #[test]
+    fn what_holds_no_key_is_refused() {
+        let at = Place::new();
+        let long = "a".repeat(67);
+        let cases: [&[u8]; 10] = [
+            b"",
+            b"\n",
+            &[1; 31],
+            &[1; 33],
+            &[b'a'; 63],
+            &[b'a'; 65],
+            &[b'g'; 64],
+            long.as_bytes(),
+            &[0; 32],
+            &[b'0'; 64],
+        ];
+        for c in cases {
+            assert!(matches!(KeyFile::open(&at.write(c, 0o600)), Err(KmsError::Config(_))), "{c:?}");
+        }
+        let two_lines = [&[b'a'; 64][..], b"\n\n"].concat();
+        assert!(KeyFile::open(&at.write(&two_lines, 0o600)).is_err());
+    }
+
+    #[test]
+    fn a_key_file_that_others_may_read_is_refused_and_the_message_says_what_to_do() {
+        let at = Place::new();
+        for mode in [0o640, 0o604, 0o660, 0o620, 0o601, 0o777] {
+            let e = KeyFile::open(&at.write(&[1; 32], mode)).unwrap_err();
+            assert!(matches!(&e, KmsError::Config(m) if m.contains("chmod 600")), "{mode:o}: {e}");
+        }
+        for mode in [0o600, 0o400, 0o700] {
+            assert!(KeyFile::open(&at.write(&[1; 32], mode)).is_ok(), "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_without_waiting() {
+        let at = Place::new();
+        assert!(matches!(KeyFile::open(&at.uri()), Err(KmsError::NotFound(_))));
+        std::fs::create_dir(at.path()).unwrap();
+        assert!(matches!(KeyFile::open(&at.uri()), Err(KmsError::Config(_))));
+        std::fs::remove_dir(at.path()).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, at.path(), rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0)
+            .unwrap();
+        assert!(matches!(KeyFile::open(&at.uri()), Err(KmsError::Config(_))), "a FIFO that nobody writes to");
+    }
+
+    #[test]
+    fn connect_makes_a_key_file_only_when_asked_and_only_if_there_is_none() {
+        let at = Place::new();
+        let o = ConnectOptions::default();
+        assert!(matches!(connect(&at.uri(), &o, false), Err(KmsError::NotFound(_))));
+        assert!(!at.path().exists());
+        let key = Secret32::random();
+        let w = connect(&at.uri(), &o, true).unwrap().wrap(&key, &context()).unwrap();
+        assert_eq!(std::fs::metadata(at.path()).unwrap().permissions().mode() & 0o7777, 0o600);
+        let text = std::fs::read(at.path()).unwrap();
+        assert_eq!((text.len(), text[64]), (65, b'\n'));
+        // Asked again, the same key is used, not a new one.
+        for create in [true, false] {
+            assert!(connect(&at.uri(), &o, create).unwrap().unwrap(&w, &context()).unwrap().ct_eq(&key));
+        }
+        assert!(KeyFile::create(&at.uri()).is_err());
+        assert_eq!(std::fs::read(at.path()).unwrap(), text);
+        assert_eq!(connect(&at.uri(), &o, false).unwrap().describe().unwrap().uri, at.uri().to_string());
+    }
+
+    #[test]
+    fn kinds_that_are_not_built_in_say_so() {
+        for text in ["aws-kms://alias/a", "vault://t/k", "pkcs11:object=k?module-path=/m.so"] {
+            match connect(&RootKeyUri::parse(text).unwrap(), &ConnectOptions::default(), true) {
+                Err(KmsError::Config(m)) => assert!(m.contains("keyfile:") && !m.contains("/m.so"), "{m}"),
+                Err(e) => panic!("{e:?}"),
+                Ok(_) => panic!("{text} is not built in"),
+            }
+        }
+    }
+}

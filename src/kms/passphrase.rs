@@ -349,3 +349,207 @@ impl KeyProvider for PassphraseKey {
         Ok(key)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kms::KeyPurpose;
+    use proptest::prelude::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    fn fixed(text: &[u8]) -> PassphraseSource {
+        PassphraseSource::Fixed(Zeroizing::new(text.to_vec()))
+    }
+
+    fn key(text: &[u8]) -> PassphraseKey {
+        PassphraseKey::open(&fixed(text), Argon2Cost::LEAST, false).unwrap()
+    }
+
+    fn context(n: u8) -> WrapContext {
+        WrapContext { store: [1; 16], purpose: KeyPurpose::Kek, object: [n; 16], extra: vec![] }
+    }
+
+    fn text(source: &PassphraseSource, create: bool) -> Result<Vec<u8>, KmsError> {
+        read(source, create).map(|p| p.assemble().to_vec())
+    }
+
+    #[test]
+    fn many_wraps_cost_one_argon2_on_either_side() {
+        let p = key(b"correct horse");
+        let keys: Vec<Secret32> = (0..5).map(|_| Secret32::random()).collect();
+        let wraps: Vec<Vec<u8>> = keys.iter().zip(0..).map(|(k, n)| p.wrap(k, &context(n)).unwrap()).collect();
+        assert_eq!(p.derivations(), 1);
+        let later = key(b"correct horse");
+        for ((k, w), n) in keys.iter().zip(&wraps).zip(0..) {
+            assert!(later.unwrap(w, &context(n)).unwrap().ct_eq(k));
+        }
+        // A new wrap goes on with the salt that is known, so that the next process needs one Argon2 too.
+        let more = later.wrap(&keys[0], &context(9)).unwrap();
+        assert_eq!(later.derivations(), 1);
+        assert_eq!(more[..32], wraps[0][..32]);
+        assert!(p.unwrap(&more, &context(9)).unwrap().ct_eq(&keys[0]));
+        assert_eq!(p.derivations(), 1);
+        assert_ne!(
+            key(b"correct horse").wrap(&keys[0], &context(9)).unwrap()[16..32],
+            more[16..32],
+            "a salt of its own"
+        );
+    }
+
+    #[test]
+    fn callers_at_the_same_time_cost_one_argon2() {
+        let w = key(b"p").wrap(&Secret32::random(), &context(1)).unwrap();
+        let p = key(b"p");
+        std::thread::scope(|t| {
+            for _ in 0..4 {
+                t.spawn(|| p.unwrap(&w, &context(1)).unwrap());
+            }
+        });
+        assert_eq!(p.derivations(), 1);
+    }
+
+    /// What is wrapped is what docs/FORMAT.md says, computed here step by step.
+    #[test]
+    fn the_wrapped_form_is_as_documented() {
+        let secret = Secret32::random();
+        let w = key(b"pass").wrap(&secret, &context(2)).unwrap();
+        assert_eq!(w.len(), 92);
+        assert_eq!(w[..16], [1, 0, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+        let mut root = [0u8; 32];
+        argon2::Argon2::new(
+            argon2::Algorithm::Argon2id,
+            argon2::Version::V0x13,
+            argon2::Params::new(1024, 1, 1, Some(32)).unwrap(),
+        )
+        .hash_password_into(b"pass", &w[16..32], &mut root)
+        .unwrap();
+        let wrap_key = derive(&Secret32::take_from(&mut root), "envelopefs/v1/root-wrap", b"");
+        let aad = [&b"envelopefs/v1/kek\0"[..], &[1; 16], &[2; 16]].concat();
+        assert_eq!(GcmSiv::open_random(&wrap_key, &aad, &w[32..]).unwrap(), secret.expose());
+    }
+
+    #[test]
+    fn a_wrong_passphrase_context_or_bit_is_bad_ciphertext() {
+        let p = key(b"right");
+        let w = p.wrap(&Secret32::random(), &context(1)).unwrap();
+        let is_bad = |r: Result<Secret32, KmsError>| matches!(r, Err(KmsError::BadCiphertext(_)));
+        assert!(is_bad(key(b"wrong").unwrap(&w, &context(1))));
+        assert!(is_bad(p.unwrap(&w, &context(2))));
+        for i in (0..16).chain([16, 31, 32, 91]) {
+            let mut bad = w.clone();
+            bad[i] ^= if i == 6 { 0x80 } else { 1 };
+            assert!(is_bad(p.unwrap(&bad, &context(1))), "byte {i}");
+        }
+        assert!(is_bad(p.unwrap(&w[..91], &context(1))));
+        assert!(is_bad(p.unwrap(&[&w[..], &[0]].concat(), &context(1))));
+    }
+
+    #[test]
+    fn costs_from_disk_are_bounded_before_argon2_runs() {
+        let p = key(b"p");
+        let good = p.wrap(&Secret32::random(), &context(1)).unwrap();
+        let runs = p.derivations();
+        for (m, t, l) in [
+            (1024 * 1024 + 1, 1, 1),
+            (u32::MAX, 1, 1),
+            (1023, 1, 1),
+            (0, 1, 1),
+            (1024, 0, 1),
+            (1024, 17, 1),
+            (1024, u32::MAX, 1),
+            (1024, 1, 0),
+            (1024, 1, 17),
+        ] {
+            let mut blob = good.clone();
+            for (at, v) in [(4, m), (8, t), (12, l)] {
+                blob[at..at + 4].copy_from_slice(&v.to_le_bytes());
+            }
+            assert!(matches!(p.unwrap(&blob, &context(1)), Err(KmsError::BadCiphertext(_))), "{m} {t} {l}");
+            let cost = Argon2Cost { memory_kib: m, passes: t, lanes: l };
+            assert!(matches!(PassphraseKey::open(&fixed(b"p"), cost, true), Err(KmsError::Config(_))));
+        }
+        assert_eq!(p.derivations(), runs, "none was tried");
+        assert!(Argon2Cost::default().is_acceptable() && Argon2Cost::LEAST.is_acceptable());
+        assert!(Argon2Cost { memory_kib: 1024 * 1024, passes: 16, lanes: 16 }.is_acceptable());
+    }
+
+    #[test]
+    fn sources_give_the_passphrase_without_one_line_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("p");
+        let file = PassphraseSource::File(path.clone());
+        for (content, found) in [
+            (&b"one two\n"[..], &b"one two"[..]),
+            (b"one two", b"one two"),
+            (b"one two\r\n", b"one two"),
+            (b" two\n\n", b" two\n"),
+            (b"\xff\x00\n", b"\xff\x00"),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(text(&file, true).unwrap(), found);
+        }
+        for n in [PASSPHRASE_MAX, 31, 32, 33] {
+            std::fs::write(&path, vec![b'x'; n]).unwrap();
+            assert_eq!(text(&file, false).unwrap(), vec![b'x'; n]);
+        }
+        let no = |r: Result<Vec<u8>, KmsError>| assert!(matches!(r, Err(KmsError::Credentials(_))), "{r:?}");
+        for content in [&b""[..], b"\n", &[b'x'; PASSPHRASE_MAX + 1], &[b'x'; 3 * PASSPHRASE_MAX]] {
+            std::fs::write(&path, content).unwrap();
+            no(text(&file, false));
+        }
+        no(text(&PassphraseSource::File(dir.path().join("absent")), false));
+
+        let command = |c: &str| text(&PassphraseSource::Command(c.into()), false);
+        assert_eq!(command("echo 'from a command'").unwrap(), b"from a command");
+        no(command("echo partly; exit 3"));
+        no(command("true"));
+        no(command("yes"));
+        no(text(&PassphraseSource::SystemdCredential("../x".into()), false));
+    }
+
+    #[test]
+    fn a_new_passphrase_is_asked_twice_and_must_be_the_same() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let prompt = |answers: &'static [&'static str]| {
+            let asked = asked.clone();
+            asked.store(0, Ordering::SeqCst);
+            PassphraseSource::Prompt(Arc::new(move |_| {
+                let n = asked.fetch_add(1, Ordering::SeqCst);
+                let answer = answers.get(n).ok_or(io::ErrorKind::UnexpectedEof)?;
+                Ok(Zeroizing::new((*answer).to_owned()))
+            }))
+        };
+        assert_eq!(text(&prompt(&["a", "a"]), true).unwrap(), b"a");
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+        assert_eq!(text(&prompt(&["a"]), false).unwrap(), b"a");
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+        assert!(matches!(text(&prompt(&["a", "b"]), true), Err(KmsError::Credentials(_))));
+        assert!(matches!(text(&prompt(&["a"]), true), Err(KmsError::Credentials(_))));
+        assert!(matches!(text(&prompt(&[""]), true), Err(KmsError::Credentials(_))));
+        assert_eq!(asked.load(Ordering::SeqCst), 1, "an empty one is not asked for again");
+    }
+
+    #[test]
+    fn nothing_prints_a_passphrase() {
+        assert_eq!(format!("{:?}", fixed(b"secret")), "Fixed");
+        assert_eq!(format!("{:?}", key(b"secret")), "PassphraseKey(redacted)");
+    }
+
+    proptest! {
+        #[test]
+        fn any_blob_is_safe(blob in proptest::collection::vec(any::<u8>(), 0..120)) {
+            prop_assert!(decode(&blob).is_err() || blob.len() == BLOB_LEN);
+        }
+
+        #[test]
+        fn any_accepted_blob_has_one_spelling(m in any::<u32>(), t in 0u32..20, l in 0u32..20, rest in any::<[u8; 32]>()) {
+            let cost = Argon2Cost { memory_kib: m, passes: t, lanes: l };
+            let with = Derivation { cost, salt: rest[..16].try_into().unwrap() };
+            let blob = encode(with, &[rest[31]; WRAPPED_LEN]).unwrap();
+            prop_assert_eq!(decode(&blob).is_ok(), cost.is_acceptable());
+            if let Ok(d) = decode(&blob) {
+                prop_assert_eq!(d, (with, [rest[31]; WRAPPED_LEN]));
+            }
+        }
+    }
+}

@@ -350,3 +350,117 @@ fn canonical_percent(text: &str) -> Parsed<String> {
     }
     Ok(s)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn every_scheme_has_one_canonical_text() {
+        for (text, canonical) in [
+            ("passphrase:", "passphrase:"),
+            ("keyfile:/etc/key", "keyfile:/etc/key"),
+            ("keyfile:///etc//./key", "keyfile:/etc/key"),
+            ("keyfile:/with space/ü", "keyfile:/with space/ü"),
+            ("aws-kms://alias/my/key", "aws-kms://alias/my/key"),
+            ("aws-kms://alias/k?profile=p@x&region=eu-west-1", "aws-kms://alias/k?region=eu-west-1&profile=p@x"),
+            (
+                "aws-kms://arn:aws:kms:eu-west-1:123456789012:key/1234-ab",
+                "aws-kms://arn:aws:kms:eu-west-1:123456789012:key/1234-ab",
+            ),
+            ("aws-kms://arn:aws-cn:kms:cn-north-1:1:alias/a", "aws-kms://arn:aws-cn:kms:cn-north-1:1:alias/a"),
+            (
+                "gcp-kms://projects/p-1/locations/global/keyRings/r/cryptoKeys/k_1",
+                "gcp-kms://projects/p-1/locations/global/keyRings/r/cryptoKeys/k_1",
+            ),
+            ("vault://transit/key", "vault://transit/key"),
+            ("vault://team/transit/key", "vault://team/transit/key"),
+            ("pkcs11:object=k;token=My%20Token", "pkcs11:token=My%20Token;object=k"),
+            ("pkcs11:id=%01%aF;token=a:b", "pkcs11:token=a%3Ab;id=%01%AF"),
+        ] {
+            let uri = RootKeyUri::parse(text).unwrap();
+            assert_eq!(uri.to_string(), canonical);
+            assert_eq!(RootKeyUri::recorded(canonical).unwrap(), uri);
+            assert_eq!(RootKeyUri::recorded(text).is_ok(), text == canonical, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_belong_in_a_uri_is_refused() {
+        for text in [
+            "",
+            "key",
+            "/etc/key",
+            "http://host/key",
+            "Passphrase:",
+            "passphrase:secret",
+            "keyfile:",
+            "keyfile:key",
+            "keyfile:/",
+            "keyfile:/dir/",
+            "keyfile:/a\nb",
+            "aws-kms:alias/k",
+            "aws-kms://",
+            "aws-kms://alias/",
+            "aws-kms://alias/../k",
+            "aws-kms://alias/k?endpoint=http://evil",
+            "aws-kms://alias/k?region=evil.example/",
+            "aws-kms://alias/k?region=a&region=b",
+            "aws-kms://alias/k?region",
+            "aws-kms://arn:aws:s3:r:1:key/x",
+            "gcp-kms://projects/p/locations/l/keyRings/r",
+            "gcp-kms://projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1",
+            "vault://transit",
+            "vault://host:8200/transit/key",
+            "vault://user@host/transit/key",
+            "vault://../sys/key",
+            "vault://transit/key?address=http://evil",
+            "pkcs11:token=t",
+            "pkcs11:object=",
+            "pkcs11:object=a;object=b",
+            "pkcs11:object=a;x-evil=b",
+            "pkcs11:object=%4",
+            "pkcs11:object=a?pin-value=1234",
+            "pkcs11:object=a?module-path=lib.so",
+            "pkcs11:object=a?module-path=/a&module-path=/b",
+        ] {
+            assert!(matches!(RootKeyUri::parse(text), Err(KmsError::Config(_))), "{text:?}");
+        }
+        assert!(RootKeyUri::parse(&format!("keyfile:/{}", "k".repeat(URI_MAX))).is_err());
+    }
+
+    #[test]
+    fn a_module_path_is_for_the_command_line_only_and_never_recorded() {
+        let text = "pkcs11:object=k?module-path=/usr/lib/p11.so&pin-source=file:/run/pin";
+        let uri = RootKeyUri::parse(text).unwrap();
+        assert_eq!(uri.module_path(), Some(Path::new("/usr/lib/p11.so")));
+        assert_eq!(uri.pin_source(), Some("file:/run/pin"));
+        assert_eq!(uri.to_string(), "pkcs11:object=k");
+        assert!(RootKeyUri::recorded(text).is_err());
+        assert!(RootKeyUri::recorded("pkcs11:object=k?module-path=/usr/lib/p11.so").is_err());
+    }
+
+    #[test]
+    fn messages_show_no_control_characters() {
+        let e = RootKeyUri::parse("\u{1b}[2J:evil\n").unwrap_err().to_string();
+        assert!(!e.chars().any(char::is_control), "{e:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_safe_and_the_canonical_text_is_a_fixed_point(
+            scheme in prop_oneof![
+                Just("keyfile:/"), Just("aws-kms://alias/"), Just("aws-kms://"), Just("gcp-kms://projects/"),
+                Just("vault://"), Just("pkcs11:object="), Just("pkcs11:"), Just("")
+            ],
+            rest in "[ -~ü]{0,40}",
+        ) {
+            if let Ok(uri) = RootKeyUri::parse(&format!("{scheme}{rest}")) {
+                let canonical = uri.to_string();
+                let again = RootKeyUri::recorded(&canonical).unwrap();
+                prop_assert_eq!(again.to_string(), canonical);
+            }
+        }
+    }
+}

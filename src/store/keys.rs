@@ -11,6 +11,8 @@ mod change;
 mod disk;
 mod handle;
 mod roots;
+#[cfg(test)]
+mod tests;
 
 pub use crate::format::keyring::{KekKind, KekState};
 pub use disk::{COPIES, FOLDER};

@@ -32,6 +32,8 @@ pub mod report;
 mod rewrap;
 mod run;
 mod sweep;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 pub use control::{Cancelled, Control};

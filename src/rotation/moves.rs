@@ -1,10 +1,11 @@
 //! What was renamed or linked while a walk was under way.
 //!
 //! A walk misses what is moved from where it has not been to where it has been. While moves are tracked, every file
-//! and directory that is given another place is also put on a list, before the move happens, and the walk visits what
-//! is on it ([`super::pass`] says why that is enough).
+//! and directory that is given another place is also put on a list, which is taken only when no move is half done, and
+//! the walk visits what is on it ([`super::pass`] says why that is enough).
 
 use crate::backing::Backing;
+use crate::store::Store;
 use std::sync::Arc;
 
 /// What was moved since the last look.
@@ -31,5 +32,16 @@ impl<B: Backing> Moves<B> for NoMoves {
 
     fn take(&self) -> Moved<B> {
         Moved { nodes: Vec::new(), lost: false }
+    }
+}
+
+impl<B: Backing> Moves<B> for Store<B> {
+    fn track(&self, on: bool) {
+        self.track_moves(on);
+    }
+
+    fn take(&self) -> Moved<B> {
+        let m = self.take_moved();
+        Moved { nodes: m.nodes, lost: m.overflowed }
     }
 }

@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 pub(super) const BATCH: usize = 256;
 /// How often the calling thread looks up.
 const TICK: Duration = Duration::from_millis(200);
+/// What a fresh ext file system holds.
+const LOST_AND_FOUND: &[u8] = b"lost+found";
 /// Stands for the path of what was renamed while the walk was under way.
 const MOVED: &[u8] = b"(moved during the run)";
 /// Rounds of a pass after which a store in which directories never stop moving is given up on.
@@ -295,7 +297,8 @@ impl<B: Backing> Pass<'_, B> {
             Ok(Visit::Dir { .. }) => {}
             Ok(Visit::Entry { dir, entry }) => {
                 let reserved = match names::classify(&entry.name) {
-                    Listed::Short | Listed::Long => false,
+                    // What a file system check saved is looked at, but need not be one of ours.
+                    Listed::Short | Listed::Long => dir.path() == LOST_AND_FOUND,
                     Listed::Unfinished | Listed::Reserved => true,
                     Listed::Sidecar | Listed::DirId => return,
                 };
@@ -303,6 +306,8 @@ impl<B: Backing> Pass<'_, B> {
                     walker.batch.push(Item { place: Place::Named(dir, entry.name), in_order, reserved });
                 }
             }
+            // Belongs to root, whoever the store belongs to.
+            Err(e) if e.path == LOST_AND_FOUND && e.error.kind() == io::ErrorKind::PermissionDenied => {}
             Err(e) => self.failures.add(String::from_utf8_lossy(&e.path).into_owned(), &e.error.into()),
         }
     }

@@ -216,7 +216,7 @@ pub(super) enum Second<B: Backing> {
 ///
 /// # Errors
 /// The backing directory's.
-pub(super) fn second_half<B: Backing>(shared: &Shared<B>, half: Box<Half<B>>) -> Result<Second<B>> {
+pub(super) fn second_half<B: Backing>(shared: &Shared<B>, half: Half<B>) -> Result<Second<B>> {
     let _lock = shared.inode_locks.exclusive(half.stat.dev, half.stat.ino);
     match read_slots(&shared.backing, &half.file) {
         Ok(Some((_, now))) if now == half.expect => {}

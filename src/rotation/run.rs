@@ -206,6 +206,12 @@ impl<'a, B: Backing> Run<'a, B> {
                 return Ok(Ok(false));
             }
         }
+        self.failures_total += 1;
+        self.failures.push(Failure {
+            path: "/".to_owned(),
+            code: "not-settled".to_owned(),
+            message: "files were moved or restored faster than they could be looked at; run rotate again".to_owned(),
+        });
         Ok(Ok(false))
     }
 

@@ -43,7 +43,7 @@ impl<B: Backing> Sweep<'_, B> {
     }
 
     /// First halves of all `items`. A cancel leaves out the rest: what was begun is to be finished.
-    fn begin(&self, items: Vec<Item<B>>, counts: &mut Counts, end: &mut Result<(), Cancelled>) -> Vec<Box<Half<B>>> {
+    fn begin(&self, items: Vec<Item<B>>, counts: &mut Counts, end: &mut Result<(), Cancelled>) -> Vec<Half<B>> {
         let mut halves = Vec::with_capacity(items.len());
         for item in items {
             if end.is_ok() {
@@ -57,7 +57,7 @@ impl<B: Backing> Sweep<'_, B> {
                 Ok(First::Current) => counts.current += 1,
                 Ok(First::Empty) => counts.empty += 1,
                 Ok(First::Gone) => counts.vanished += 1,
-                Ok(First::Half(h)) => halves.push(h),
+                Ok(First::Half(h)) => halves.push(*h),
                 Err(e) => self.fail(counts, path, &e),
             }
         }
@@ -65,7 +65,7 @@ impl<B: Backing> Sweep<'_, B> {
     }
 
     /// Makes the first halves durable. Those for which that failed are dropped: their old slot must stay.
-    fn barrier(&self, halves: Vec<Box<Half<B>>>, counts: &mut Counts) -> Vec<Box<Half<B>>> {
+    fn barrier(&self, halves: Vec<Half<B>>, counts: &mut Counts) -> Vec<Half<B>> {
         let b = &self.shared.backing;
         if halves.len() >= SYNC_ALL_FROM && b.sync_all().is_ok() {
             return halves;

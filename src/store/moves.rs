@@ -5,7 +5,7 @@
 
 use super::open::Store;
 use crate::backing::Backing;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -29,17 +29,25 @@ impl<B: Backing> Default for Moved<B> {
 pub(super) struct Moves<B: Backing> {
     on: AtomicBool,
     moved: Mutex<Moved<B>>,
+    /// Held shared from before a move until it is on the list, so that a scan that has ended finds there every move
+    /// that took place while it ran.
+    under_way: RwLock<()>,
 }
 
 impl<B: Backing> Default for Moves<B> {
     fn default() -> Self {
-        Self { on: AtomicBool::new(false), moved: Mutex::default() }
+        Self { on: AtomicBool::new(false), moved: Mutex::default(), under_way: RwLock::new(()) }
     }
 }
 
 impl<B: Backing> Moves<B> {
     pub fn on(&self) -> bool {
         self.on.load(Ordering::Acquire)
+    }
+
+    /// To be held through a rename or link and its [`Moves::record`].
+    pub fn begin(&self) -> RwLockReadGuard<'_, ()> {
+        self.under_way.read()
     }
 
     pub fn record(&self, node: Arc<B::Node>) {
@@ -71,9 +79,10 @@ impl<B: Backing> Store<B> {
         }
     }
 
-    /// What was renamed or linked since the last call. Asked for after a scan, and again until it is empty, it holds
+    /// What was renamed or linked since the last call; waits for moves that are under way. Asked for after a scan, and again until it is empty, it holds
     /// everything that the scan may have missed.
     pub fn take_moved(&self) -> Moved<B> {
+        drop(self.moves.under_way.write());
         std::mem::take(&mut *self.moves.moved.lock())
     }
 }

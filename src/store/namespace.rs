@@ -182,8 +182,12 @@ impl<B: Backing> Store<B> {
         }
         let b = self.backing();
         let fd = node.fd(b)?;
-        let make = |dir: &B::Node, name: &Encoded| b.link(&fd, dir, name.content()).map_err(kernel);
-        let (_, attr, ()) = self.make_entry(dir, name, make, |()| Ok(b.stat(&fd)?))?;
+        // Begun under the directory's lock, as in a rename: the other way round they could wait for each other.
+        let make = |dir: &B::Node, name: &Encoded| {
+            let moving = self.moves.begin();
+            b.link(&fd, dir, name.content()).map_err(kernel).map(|()| moving)
+        };
+        let (_, attr, _moving) = self.make_entry(dir, name, make, |_| Ok(b.stat(&fd)?))?;
         if self.moves.on() {
             self.moves.record(fd);
         }

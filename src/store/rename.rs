@@ -94,6 +94,7 @@ impl<B: Backing> Store<B> {
         if matches!(plan, Plan::Nothing) {
             return Ok(());
         }
+        let _moving = self.moves.begin();
         // Both live nodes are pinned until their places are known again.
         let b = self.backing();
         let mover = self.table.get(key(moved));

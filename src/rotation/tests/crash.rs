@@ -1,0 +1,85 @@
+//! Stopped, and cut off from power, after every single operation.
+
+use super::*;
+use crate::backing::sim::{Journal as SimJournal, PowerCut, SimOptions};
+
+fn options() -> Options {
+    Options { destroy_old: true, ..one_job() }
+}
+
+/// How many operations a whole run takes.
+fn run_length(base: &SimDisk, root: &Arc<Scripted>) -> u64 {
+    let disk = base.crash_process();
+    let store = open(disk.clone(), root);
+    let before = disk.operations();
+    assert_eq!(rotate(&store, &options()).unwrap().outcome, Outcome::Complete);
+    disk.operations() - before
+}
+
+/// Runs until `n` operations are done; the disk as the program left it.
+fn stopped_after(base: &SimDisk, root: &Arc<Scripted>, n: u64) -> SimDisk {
+    let disk = base.crash_process();
+    let store = open(disk.clone(), root);
+    disk.stop_after(disk.operations() + n);
+    // Whatever it says; it may even be done.
+    let _ = rotate(&store, &options());
+    disk
+}
+
+/// Everything is readable, another run finishes, and then everything is readable and under one KEK.
+fn recovers(disk: &SimDisk, root: &Arc<Scripted>, tree: &Tree, what: &str) {
+    assert_eq!(read_all(&open(disk.clone(), root)), *tree, "{what}, before");
+    let store = open(disk.clone(), root);
+    let report = rotate(&store, &options()).unwrap();
+    assert_eq!(report.outcome, Outcome::Complete, "{what}: {report:?}");
+    drop(store);
+    assert_eq!(keks_named(disk), BTreeSet::from([report.target]), "{what}");
+    let store = open(disk.clone(), root);
+    assert_eq!(read_all(&store), *tree, "{what}, after");
+    let usable = store.shared().keys.snapshot().keks.iter().filter(|k| !k.wraps.is_empty()).count();
+    assert_eq!(usable, 1, "{what}: old KEKs are destroyed");
+}
+
+#[test]
+fn a_run_can_be_killed_after_every_operation() {
+    let (base, root, tree) = filled();
+    let length = run_length(&base, &root);
+    assert!(length > 50, "{length}");
+    for n in 0..=length {
+        let disk = stopped_after(&base, &root, n).crash_process();
+        recovers(&disk, &root, &tree, &format!("killed after {n} of {length}"));
+    }
+}
+
+#[test]
+fn the_power_can_go_after_every_operation() {
+    for journal in [SimJournal::Ordered, SimJournal::None] {
+        let (base, root) = (SimDisk::new(SimOptions { journal, ..SimOptions::default() }), Scripted::new("root"));
+        init(&base, &root);
+        let tree = fill(&open(base.clone(), &root));
+        base.sync_all().unwrap();
+        let length = run_length(&base, &root);
+        for n in 0..=length {
+            let stopped = stopped_after(&base, &root, n);
+            for (seed, cut) in [(0, PowerCut::Lose), (n, PowerCut::Reorder { tear: true })] {
+                let disk = stopped.crash_power(seed, cut);
+                let what = format!("{journal:?} {cut:?} seed {seed} after {n} of {length}");
+                recovers(&disk, &root, &tree, &what);
+            }
+        }
+    }
+}
+
+/// Between two barriers the two slots of a header must not both be in flight: many seeds at the points that matter.
+#[test]
+fn torn_sectors_never_take_both_slots() {
+    let (base, root, tree) = filled();
+    let length = run_length(&base, &root);
+    for n in (0..=length).step_by(3) {
+        let stopped = stopped_after(&base, &root, n);
+        for seed in 100..112 {
+            let disk = stopped.crash_power(seed, PowerCut::Reorder { tear: true });
+            assert_eq!(read_all(&open(disk, &root)), tree, "seed {seed} after {n} of {length}");
+        }
+    }
+}

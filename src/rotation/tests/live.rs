@@ -1,0 +1,278 @@
+//! With others at work in the store.
+
+use super::super::moves::{Moved, Moves};
+use super::super::pass::{Failures, Item, Pass, Visitor};
+use super::*;
+use crate::backing::posix::Posix;
+use crate::backing::{RenameMode, SetTime, Timestamp};
+use crate::store::SetAttr;
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+fn on_disk() -> (tempfile::TempDir, Arc<Scripted>, Arc<Store<Posix>>) {
+    let t = tempfile::tempdir().unwrap();
+    let root = Scripted::new("root");
+    let posix = Posix::open(t.path()).unwrap();
+    init(&posix, &root);
+    let store = open(posix, &root);
+    (t, root, store)
+}
+
+/// KEKs named in any slot of any file below a real directory.
+fn keks_below(path: &std::path::Path) -> BTreeSet<KekId> {
+    let mut out = BTreeSet::new();
+    for e in std::fs::read_dir(path).unwrap() {
+        let e = e.unwrap();
+        if e.file_type().unwrap().is_dir() {
+            out.extend(keks_below(&e.path()));
+        } else if e.file_type().unwrap().is_file() {
+            let raw = std::fs::read(e.path()).unwrap();
+            for slot in raw.chunks(1024).take(2).filter(|s| s.starts_with(MAGIC)) {
+                out.insert(KekId(slot[128..144].try_into().unwrap()));
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn users_times_and_modes_stay() {
+    let (_t, _root, store) = on_disk();
+    let tree = fill(&store);
+    let at = |sec, nsec| SetTime::At(Timestamp { sec, nsec });
+    let (node, _) = store.lookup(&store.root(), b"byte").unwrap();
+    let set = SetAttr { mode: Some(0o6755), atime: at(1_000, 7), mtime: at(2_000, 9), ..SetAttr::default() };
+    store.setattr(&node, &set, None).unwrap();
+    let all = |store: &Arc<Store<Posix>>| -> Vec<_> {
+        tree.keys()
+            .map(|p| {
+                let (parent, name) = split(p);
+                let (_, a) = store.lookup(&dir(store, parent), name.as_bytes()).unwrap();
+                (p.clone(), a.mode, a.atime, a.mtime, a.size)
+            })
+            .collect()
+    };
+    let before = all(&store);
+    assert_eq!(before[0].1, 0o6755);
+    for _ in 0..2 {
+        assert_eq!(rotate(&store, &Options::default()).unwrap().outcome, Outcome::Complete);
+        assert_eq!(all(&store), before);
+    }
+}
+
+/// Writers, creators, truncaters and deleters during two rotations; every file ends as its last writer left it.
+#[test]
+fn others_go_on_working() {
+    let (t, root, store) = on_disk();
+    let stop = AtomicBool::new(false);
+    for i in 0..4 {
+        store.mkdir(&store.root(), format!("w{i}").as_bytes(), 0o755, 0, None).unwrap();
+        for j in 0..40 {
+            write(&store, &format!("w{i}/{j}"), &pattern(100 * j + 1, i));
+        }
+    }
+    let reports = std::thread::scope(|s| {
+        let (store, stop) = (&store, &stop);
+        let workers: Vec<_> = (0..4u8)
+            .map(|i| {
+                s.spawn(move || {
+                    let home = dir(store, &format!("w{i}"));
+                    let mut want = Tree::new();
+                    let mut round = 0usize;
+                    while !stop.load(Ordering::Relaxed) || round < 200 {
+                        round += 1;
+                        let name = (round % 40).to_string();
+                        let (node, _) = store.lookup(&home, name.as_bytes()).unwrap();
+                        let data = pattern(1 + round % 9000, i);
+                        match round % 4 {
+                            0 => {
+                                store.unlink(&home, name.as_bytes()).unwrap();
+                                write(store, &format!("w{i}/{name}"), &data);
+                            }
+                            1 => {
+                                let f = store.open_file(&node, Access::ReadWrite).unwrap();
+                                f.set_len(0).unwrap();
+                                f.write(0, &data).unwrap();
+                            }
+                            _ => {
+                                let f = store.open_file(&node, Access::ReadWrite).unwrap();
+                                f.write(0, &data).unwrap();
+                                f.set_len(data.len() as u64).unwrap();
+                            }
+                        }
+                        want.insert(format!("w{i}/{name}"), data);
+                    }
+                    want
+                })
+            })
+            .collect();
+        let reports: Vec<Report> = (0..2).map(|_| rotate(store, &Options::default()).unwrap()).collect();
+        stop.store(true, Ordering::Relaxed);
+        let mut want = Tree::new();
+        workers.into_iter().for_each(|w| want.extend(w.join().unwrap()));
+        (reports, want)
+    });
+    let (reports, want) = reports;
+    assert!(reports.iter().all(|r| r.outcome == Outcome::Complete), "{reports:?}");
+    store.close().unwrap();
+    assert_eq!(keks_below(t.path()), BTreeSet::from([reports[1].target]));
+    assert_eq!(read_all(&store), want);
+    drop(store);
+    assert_eq!(read_all(&open(Posix::open(t.path()).unwrap(), &root)), want);
+}
+
+/// Files and directories are renamed and linked all the time; the scan still comes to an end, and rightly.
+#[test]
+fn a_rename_storm_hides_nothing() {
+    let (t, _root, store) = on_disk();
+    for d in ["a", "m", "z"] {
+        store.mkdir(&store.root(), d.as_bytes(), 0o755, 0, None).unwrap();
+        for s in 0..4 {
+            store.mkdir(&dir(&store, d), format!("{d}{s}").as_bytes(), 0o755, 0, None).unwrap();
+            for f in 0..10 {
+                write(&store, &format!("{d}/{d}{s}/{f}"), &pattern(10, f));
+            }
+        }
+        for f in 0..60 {
+            write(&store, &format!("{d}/{d}-{f}"), &pattern(f + 1, 3));
+        }
+    }
+    let stop = AtomicBool::new(false);
+    let reports: Vec<Report> = std::thread::scope(|s| {
+        let (store, stop) = (&store, &stop);
+        for (from, to) in [("a", "z"), ("z", "m"), ("m", "a")] {
+            s.spawn(move || {
+                let (from_dir, to_dir) = (dir(store, from), dir(store, to));
+                let names: Vec<String> =
+                    (0..60).map(|f| format!("{from}-{f}")).chain((0..4).map(|d| format!("{from}{d}"))).collect();
+                while !stop.load(Ordering::Relaxed) {
+                    for n in &names {
+                        store.rename(&from_dir, n.as_bytes(), &to_dir, n.as_bytes(), RenameMode::NoReplace).unwrap();
+                    }
+                    for n in &names {
+                        store.rename(&to_dir, n.as_bytes(), &from_dir, n.as_bytes(), RenameMode::NoReplace).unwrap();
+                    }
+                }
+            });
+        }
+        let reports = (0..3).map(|_| rotate(store, &Options::default()).unwrap()).collect();
+        stop.store(true, Ordering::Relaxed);
+        reports
+    });
+    for r in &reports {
+        assert_eq!(r.outcome, Outcome::Complete, "{r:?}");
+    }
+    assert_eq!(keks_below(t.path()), BTreeSet::from([reports[2].target]));
+    assert_eq!(read_all(&store).len(), 3 * 100);
+}
+
+/// Moves everything away under the worker's nose, once.
+struct Mover<'a> {
+    store: &'a Arc<Store<SimDisk>>,
+    moved: AtomicBool,
+    seen: Mutex<BTreeSet<u64>>,
+}
+
+impl Visitor<SimDisk> for Mover<'_> {
+    fn batch(&self, items: Vec<Item<SimDisk>>) -> Result<(), Cancelled> {
+        let b = &self.store.shared().backing;
+        if !self.moved.swap(true, Ordering::Relaxed) {
+            let (root, d, e) = (self.store.root(), dir(self.store, "d"), dir(self.store, "d/e"));
+            let rename = |from, name: &[u8], to, new: &[u8]| {
+                self.store.rename(from, name, to, new, RenameMode::NoReplace).unwrap();
+            };
+            rename(&d, b"block", &root, b"a");
+            rename(&d, b"e", &root, b"0");
+            let (byte, _) = self.store.lookup(&root, b"byte").unwrap();
+            self.store.link(&byte, &e, b"third").unwrap();
+            self.store.unlink(&root, b"byte").unwrap();
+            self.store.unlink(&e, b"hard link").unwrap();
+        }
+        for item in items {
+            if let Ok(node) = item.node(b) {
+                self.seen.lock().insert(b.stat(&node).unwrap().ino);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn what_moves_across_the_walk_is_visited() {
+    let (disk, root, tree) = filled();
+    let store = open(disk.clone(), &root);
+    let inodes: BTreeSet<u64> = tree
+        .keys()
+        .map(|p| {
+            let (parent, name) = split(p);
+            store.lookup(&dir(&store, parent), name.as_bytes()).unwrap().1.ino
+        })
+        .collect();
+    assert_eq!(inodes.len(), 5);
+    let look = |moves: &dyn Moves<SimDisk>| {
+        let visitor = Mover { store: &store, moved: AtomicBool::new(false), seen: Mutex::default() };
+        let (control, failures) = (Control::new(), Failures::default());
+        let pass = Pass { backing: &disk, moves, control: &control, failures: &failures, workers: 1 };
+        let end = pass.run(b"", &visitor, &mut |_| {}).unwrap();
+        assert_eq!(failures.take().1, 0);
+        (end.whole, visitor.seen.into_inner())
+    };
+    assert_eq!(look(&*store), (true, inodes));
+}
+
+/// A list of moves that overflowed proves nothing.
+struct Lossy;
+
+impl<B: Backing> Moves<B> for Lossy {
+    fn track(&self, _: bool) {}
+
+    fn take(&self) -> Moved<B> {
+        Moved { nodes: Vec::new(), lost: true }
+    }
+}
+
+#[test]
+fn a_scan_that_may_have_missed_something_is_no_proof() {
+    let (disk, root, tree) = filled();
+    let store = open(disk.clone(), &root);
+    let old = active(&store.shared().keys);
+    let ctx = Context { shared: store.shared(), moves: &Lossy };
+    let report = run(&ctx, &one_job(), &(), &Control::new()).unwrap();
+    assert_eq!((report.outcome, report.failures[0].code.as_str()), (Outcome::Incomplete, "not-settled"));
+    assert_eq!(store.shared().keys.snapshot().kek(old).unwrap().unused, 0);
+    assert_eq!(rotate(&store, &one_job()).unwrap().outcome, Outcome::Complete);
+    assert_eq!(read_all(&store), tree);
+}
+
+#[test]
+fn a_paused_run_waits_and_goes_on() {
+    let (disk, root, tree) = filled();
+    let store = open(disk.clone(), &root);
+    let control = Control::new();
+    struct Seen(Mutex<Vec<State>>, std::sync::mpsc::SyncSender<()>);
+    impl Progress for Seen {
+        fn update(&self, s: &Status) {
+            let mut seen = self.0.lock();
+            if seen.last() != Some(&s.state) {
+                seen.push(s.state);
+            }
+            if s.paused && s.state == State::Sweeping {
+                let _ = self.1.try_send(());
+            }
+        }
+    }
+    let (send, paused) = std::sync::mpsc::sync_channel(1);
+    let seen = Seen(Mutex::default(), send);
+    control.pause();
+    let report = std::thread::scope(|s| {
+        let running = s.spawn(|| run(&Context { shared: store.shared(), moves: &*store }, &one_job(), &seen, &control));
+        paused.recv().unwrap();
+        assert_eq!(keks_named(&disk).len(), 1, "nothing is moved while it waits");
+        control.resume();
+        running.join().unwrap().unwrap()
+    });
+    assert_eq!(report.outcome, Outcome::Complete);
+    let states = [State::Staged, State::Sweeping, State::Verifying, State::Retiring, State::Done];
+    assert_eq!(*seen.0.lock(), states);
+    assert_eq!(read_all(&store), tree);
+}

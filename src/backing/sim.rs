@@ -223,7 +223,8 @@ fn set_times(state: &mut State, ino: u64, atime: SetTime, mtime: SetTime) -> io:
     Ok(())
 }
 
-/// What Linux allows for an attribute of that name; `missing` is what it says where there can be none.
+/// What Linux allows for an attribute of that name; `no_user` is what it says where there
+/// can be no `user.` attribute.
 fn check_xattr(kind: Kind, name: &[u8], no_user: i32) -> io::Result<()> {
     if name.is_empty() || name.len() > MOST_XATTR_NAME {
         return Err(errno(libc::ERANGE));

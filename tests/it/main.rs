@@ -1,3 +1,4 @@
 //! Integration tests, in one binary so that they link once. The names of the modules say what is tested.
 
 mod mount;
+mod vectors;

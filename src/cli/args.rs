@@ -61,10 +61,10 @@ pub struct KeySource {
 /// Where a passphrase comes from; without any of these, from the terminal.
 #[derive(Debug, Args, Default, Clone)]
 pub struct PassphraseArgs {
-    /// Read the passphrase from the first line of FILE
+    /// Read the passphrase from FILE; one newline at the end is left out
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_command")]
     pub passphrase_file: Option<PathBuf>,
-    /// Read the passphrase from the first line COMMAND (run by sh) prints
+    /// Read the passphrase from what COMMAND (run by sh) prints
     #[arg(long, value_name = "COMMAND")]
     pub passphrase_command: Option<String>,
 }
@@ -75,6 +75,15 @@ pub enum KekKindArg {
     Sealed,
     /// The key in the provider itself: every file opened is a call to it
     External,
+}
+
+impl From<KekKindArg> for crate::format::keyring::KekKind {
+    fn from(k: KekKindArg) -> Self {
+        match k {
+            KekKindArg::Sealed => Self::Sealed,
+            KekKindArg::External => Self::External,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -157,9 +166,12 @@ pub struct RotateArgs {
     pub open_keys: Vec<String>,
     #[command(flatten)]
     pub passphrase: PassphraseArgs,
-    /// Kind of the new KEK
-    #[arg(long, value_enum, default_value = "sealed")]
-    pub kek: KekKindArg,
+    /// Read the passphrase of a passphrase: root key after --key from FILE; without: as the one that opens the store
+    #[arg(long, value_name = "FILE")]
+    pub new_passphrase_file: Option<PathBuf>,
+    /// Kind of the new KEK; without: as the present one
+    #[arg(long, value_enum)]
+    pub kek: Option<KekKindArg>,
     /// At most N files a second
     #[arg(long, value_name = "N")]
     pub rate: Option<NonZeroU32>,
@@ -169,6 +181,9 @@ pub struct RotateArgs {
     /// Count what would be done, change nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Make a new KEK even though an earlier rotation is unfinished; without: finish that one
+    #[arg(long)]
+    pub restart: bool,
     /// Leave the rotation to the daemon and return
     #[arg(long)]
     pub detach: bool,
@@ -208,7 +223,7 @@ pub enum KeyCommand {
         /// The new root key
         #[arg(value_name = "URI")]
         uri: String,
-        /// Read the new passphrase from the first line of FILE
+        /// Read the new passphrase from FILE
         #[arg(long, value_name = "FILE")]
         new_passphrase_file: Option<PathBuf>,
         #[command(flatten)]

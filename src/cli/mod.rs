@@ -5,9 +5,19 @@ pub mod args;
 pub mod config;
 pub mod exit;
 pub mod generate;
+pub mod init;
+pub mod inspect;
+pub mod key;
+pub mod mount;
 pub mod options;
 pub mod output;
+pub mod place;
+pub mod progress;
+pub mod root_keys;
+pub mod rotate;
 pub mod speed;
+pub mod status;
+pub mod unmount;
 
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::process;
@@ -24,12 +34,14 @@ pub fn main(argv: Vec<OsString>) -> ExitCode {
         eprintln!("envelopefs: cannot keep keys out of core dumps: {e}");
         return Exit::Other.into();
     }
-    let cli = match Cli::try_parse_from(as_subcommand(argv)) {
+    let argv = as_subcommand(argv);
+    let after: Vec<OsString> = argv.iter().skip(2).cloned().collect();
+    let cli = match Cli::try_parse_from(argv) {
         Ok(c) => c,
         Err(e) => return usage(&e),
     };
     let subject = subject(&cli.command);
-    match run(cli.command) {
+    match run(cli.command, &after) {
         Ok(exit) => exit.into(),
         Err(f) => {
             eprintln!("{}", advice::line(&f, &subject));
@@ -47,14 +59,24 @@ fn as_subcommand(mut argv: Vec<OsString>) -> Vec<OsString> {
     argv
 }
 
-fn run(c: Command) -> Result<Exit, Fault> {
-    let done = |r: Result<(), Fault>| r.map(|()| Exit::Done);
+/// Does what is asked; `after` is what followed the subcommand's name.
+fn run(c: Command, after: &[OsString]) -> Result<Exit, Fault> {
     match c {
-        Command::Speed(a) => done(speed::run(&a)),
-        Command::Completions { shell } => done(generate::completions(shell)),
-        Command::Man => done(generate::man()),
-        _ => Err(Fault::new(FaultKind::Other, "this subcommand is being built")),
+        Command::Init(a) => init::run(&a),
+        // The only one whose process may end with a failure that another one tells.
+        Command::Mount(a) => return mount::run(a, after),
+        Command::Unmount(a) => unmount::run(&a),
+        Command::Status(a) => status::run(&a),
+        Command::Rotate(a) => rotate::run(&a),
+        Command::Key(c) => key::run(&c),
+        Command::Check(_) => Err(Fault::new(FaultKind::Other, "check is being built")),
+        Command::Inspect(a) => inspect::run(&a),
+        Command::Speed(a) => speed::run(&a),
+        Command::Completions { shell } => generate::completions(shell),
+        Command::Man => generate::man(),
+        Command::MountHelper { args } => mount::helper(&args),
     }
+    .map(|()| Exit::Done)
 }
 
 /// What the command is about, for advice.

@@ -2,13 +2,20 @@
 //!
 //! Nothing here parses a command line or decides an exit code; what went wrong leaves as a [`fault::Fault`].
 
+pub mod client;
+pub mod control;
 pub mod fault;
+pub mod job;
+pub mod lazy_key;
 pub mod lock;
 pub mod log;
 pub mod mounts;
+pub mod open;
 pub mod process;
 pub mod protocol;
 pub mod ready;
+pub mod rotate;
+pub mod run;
 pub mod runtime_dir;
-pub mod client;
 pub mod server;
+pub mod spawn;

@@ -57,6 +57,11 @@ pub fn of_backing(backing: &Path) -> io::Result<Option<Mount>> {
     Ok(list()?.into_iter().rfind(|m| m.is_ours() && m.source == backing))
 }
 
+/// Whether what is mounted at `mountpoint` is a FUSE mount whose daemon has died.
+pub fn is_dead(mountpoint: &Path) -> bool {
+    matches!(std::fs::metadata(mountpoint), Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)))
+}
+
 /// `path` made absolute with its parent's symbolic links resolved, without looking at `path` itself if that fails: a dead
 /// mount point cannot be resolved, but its parent can.
 ///

@@ -3,6 +3,7 @@
 //! version of the program; scripts use `--json` of the command line.
 
 use super::fault::Fault;
+use crate::format::keyring::KekKind;
 use crate::rotation::{Report, Status};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
@@ -47,8 +48,8 @@ pub struct RotateRequest {
     /// Passphrase of a `passphrase:` root key among `keys`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passphrase: Option<Hidden>,
-    /// The new KEK is the provider's own key.
-    pub external: bool,
+    /// Kind of the new KEK; as the present one's if not given.
+    pub kek: Option<KekKind>,
     /// At most this many files a second.
     pub rate: Option<NonZeroU32>,
     /// Worker threads.
@@ -133,7 +134,10 @@ pub struct CacheStatus {
     pub entries: u64,
     pub hits: u64,
     pub misses: u64,
-    pub evictions: u64,
+    /// Dropped to make room.
+    pub evicted: u64,
+    /// Dropped for their age or idle time.
+    pub expired: u64,
 }
 
 /// A rotation, running or ended.

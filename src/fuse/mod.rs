@@ -34,6 +34,11 @@ pub struct Unmounter {
 }
 
 impl Unmounter {
+    /// For what is mounted at `mountpoint`, which is absolute and free of symbolic links, by whichever process.
+    pub fn new(mountpoint: impl Into<PathBuf>) -> Self {
+        Self { mountpoint: mountpoint.into() }
+    }
+
     /// Unmounts, as umount(8) does: the kernel writes back what it has cached first.
     ///
     /// # Errors

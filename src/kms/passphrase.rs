@@ -200,6 +200,14 @@ fn no_passphrase(why: impl std::fmt::Display) -> KmsError {
     KmsError::Credentials(format!("passphrase: {why}"))
 }
 
+/// The passphrase itself, for handing it to a process that has no terminal to ask on.
+///
+/// # Errors
+/// As [`PassphraseKey::open`].
+pub fn text(source: &PassphraseSource, create: bool) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    read(source, create).map(|p| p.assemble())
+}
+
 fn read(source: &PassphraseSource, create: bool) -> Result<Passphrase, KmsError> {
     match source {
         PassphraseSource::Terminal => ask(&terminal, create),

@@ -1,0 +1,70 @@
+//! What a path on the command line is: a mount point of ours, or a backing directory, mounted or not.
+
+use crate::backing::posix::Posix;
+use crate::daemon::client::Connection;
+use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::lock::VolumeLock;
+use crate::daemon::{mounts, open, process};
+use crate::format::keyring::Keyring;
+use std::path::{Path, PathBuf};
+
+/// A store that was named by its mount point or its backing directory.
+pub struct Place {
+    /// The backing directory, absolute.
+    pub backing: PathBuf,
+    /// Where it is mounted, if that can be seen from here.
+    pub mount: Option<mounts::Mount>,
+    /// The backing directory, open.
+    pub posix: Posix,
+    /// The public part of its keyring.
+    pub keyring: Keyring,
+}
+
+impl Place {
+    /// Finds the store at `path`.
+    ///
+    /// # Errors
+    /// [`FaultKind::NotAStore`] if `path` is neither.
+    pub fn find(path: &Path) -> Result<Self, Fault> {
+        let looked = |e: std::io::Error| match e.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+                Fault::new(FaultKind::NotAStore, format!("{}: no such directory", path.display()))
+            }
+            _ => Fault::io("look at", path, &e),
+        };
+        let at = mounts::resolve(path).map_err(looked)?;
+        let mounted = mounts::at(&at).map_err(looked)?.filter(mounts::Mount::is_ours);
+        let (backing, mount) = match mounted {
+            Some(m) => (m.source.clone(), Some(m)),
+            None => {
+                let m = mounts::of_backing(&at).map_err(looked)?;
+                (at, m)
+            }
+        };
+        let posix = open::backing(&backing)?;
+        let keyring = open::keyring(&posix)?;
+        Ok(Self { backing, mount, posix, keyring })
+    }
+
+    /// A connection to the daemon that has the store mounted; `None` if nobody has the store.
+    ///
+    /// # Errors
+    /// [`FaultKind::Locked`] if somebody has it who cannot be talked to; [`FaultKind::Denied`].
+    pub fn connect(&self) -> Result<Option<Connection>, Fault> {
+        if !VolumeLock::is_taken(&self.backing) {
+            return Ok(None);
+        }
+        let owner = self.mount.as_ref().and_then(mounts::Mount::owner).unwrap_or_else(process::uid);
+        match Connection::to_store(self.keyring.store, owner) {
+            Ok(c) => Ok(Some(c)),
+            Err(f) if f.kind == FaultKind::Daemon => {
+                // Says who, as far as it is known. Free by now: then nobody has it.
+                match VolumeLock::take(&self.backing, "a look") {
+                    Err(f) => Err(f),
+                    Ok(_) => Ok(None),
+                }
+            }
+            Err(f) => Err(f),
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Root keys as the command line names them.
+
+use super::args::PassphraseArgs;
+use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::protocol::Hidden;
+use crate::kms::{self, ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, Scheme};
+use std::path::Path;
+use std::sync::Arc;
+
+/// How to reach root keys, with paths made absolute so that they outlive a change of directory.
+pub fn connect_options(a: &PassphraseArgs) -> ConnectOptions {
+    let absolute = |p: &Path| std::path::absolute(p).unwrap_or_else(|_| p.to_path_buf());
+    let passphrase = match (&a.passphrase_file, &a.passphrase_command) {
+        (Some(f), _) => Some(PassphraseSource::File(absolute(f))),
+        (None, Some(c)) => Some(PassphraseSource::Command(c.clone())),
+        (None, None) => None,
+    };
+    ConnectOptions { passphrase, ..Default::default() }
+}
+
+/// A new passphrase for the daemon, which has no terminal to ask on; `None` if none of `uris` needs one.
+///
+/// # Errors
+/// [`FaultKind::RootKey`] if there is none to be had.
+pub fn passphrase_for(uris: &[RootKeyUri], a: &PassphraseArgs) -> Result<Option<Hidden>, Fault> {
+    if !uris.iter().any(|u| u.scheme() == Scheme::Passphrase) {
+        return Ok(None);
+    }
+    let source = connect_options(a).passphrase.unwrap_or(PassphraseSource::Terminal);
+    let text =
+        crate::kms::passphrase::text(&source, true).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
+    String::from_utf8(text.to_vec())
+        .map(|s| Some(Hidden::new(s)))
+        .map_err(|_| Fault::new(FaultKind::RootKey, "passphrase: not UTF-8"))
+}
+
+/// Where a new passphrase comes from: `file`, or else as `otherwise` says.
+pub fn new_passphrase(file: Option<&Path>, otherwise: &PassphraseArgs) -> PassphraseArgs {
+    match file {
+        Some(f) => PassphraseArgs { passphrase_file: Some(f.to_path_buf()), passphrase_command: None },
+        None => otherwise.clone(),
+    }
+}
+
+/// Providers for the new KEK: key files must be there, a passphrase from the terminal is asked for twice.
+///
+/// # Errors
+/// A provider's.
+pub fn for_new_kek(uris: &[RootKeyUri], o: &ConnectOptions) -> Result<Vec<Arc<dyn KeyProvider>>, Fault> {
+    let connect = |u: &RootKeyUri| kms::connect(u, o, u.scheme() == Scheme::Passphrase);
+    uris.iter().map(|u| connect(u).map_err(|e| Fault::kms(&u.to_string(), &e))).collect()
+}
+
+/// A word about a key file that will be made for `uri`; empty if there is none to be made.
+pub fn made(uri: &RootKeyUri) -> String {
+    let absent = |p: &Path| matches!(p.symlink_metadata(), Err(e) if e.kind() == std::io::ErrorKind::NotFound);
+    match uri.key_file().filter(|p| absent(p)) {
+        Some(p) => format!("made key file {}: keep a copy in a safe place\n", p.display()),
+        None => String::new(),
+    }
+}

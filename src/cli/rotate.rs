@@ -1,0 +1,212 @@
+//! `rotate`: through the daemon if the store is mounted, here if it is not.
+
+use super::args::RotateArgs;
+use super::place::Place;
+use super::progress::Meter;
+use super::{output, root_keys};
+use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::lock::VolumeLock;
+use crate::daemon::protocol::{Reply, Request, RotateRequest, RotationState};
+use crate::daemon::{open, rotate};
+use crate::rotation::{Control, Options, Outcome, Progress, Report, State, Status};
+use crate::store::{Store, StoreOptions};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::sync::Arc;
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// [`FaultKind::RotationIncomplete`] if files are left; [`FaultKind::Locked`]; root keys; the store's.
+pub fn run(a: &RotateArgs) -> Result<(), Fault> {
+    let place = Place::find(&a.target)?;
+    let connection = place.connect()?;
+    let steer = [(a.pause, Request::RotatePause), (a.resume, Request::RotateResume), (a.cancel, Request::RotateCancel)];
+    if let Some((_, request)) = steer.into_iter().find(|(asked, _)| *asked) {
+        let c = connection.ok_or_else(|| not_mounted(&place, "no rotation is under way: the store is not mounted"))?;
+        return c.ask(&request, |_| {}).map(drop);
+    }
+    match connection {
+        Some(c) => {
+            let keys = keys_to_name(a, &place);
+            let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.passphrase);
+            let request = RotateRequest {
+                passphrase: root_keys::passphrase_for(&open::parse(&keys)?, &new)?,
+                keys,
+                kek: a.kek.map(Into::into),
+                rate: a.rate,
+                jobs: a.jobs,
+                dry_run: a.dry_run,
+                restart: a.restart,
+                detach: a.detach,
+                destroy_old: a.destroy_old,
+            };
+            let meter = Meter::new(a.json);
+            let reply = c.ask(&Request::Rotate(request), |s| show(&meter, s))?;
+            meter.end();
+            match reply {
+                Reply::Rotation(s) => ended(*s, a),
+                _ if a.json => output::print_json(&RotationState { running: true, ..Default::default() }),
+                _ => output::print("rotation started; follow it with: envelopefs status\n"),
+            }
+        }
+        None if a.detach => {
+            Err(not_mounted(&place, "--detach leaves the rotation to the daemon: the store is not mounted"))
+        }
+        None => offline(a, &place),
+    }
+}
+
+/// The daemon has no terminal: a passphrase it was not mounted with has to come with the request, and then all root keys
+/// are named.
+fn keys_to_name(a: &RotateArgs, place: &Place) -> Vec<String> {
+    let given = a.passphrase.passphrase_file.is_some() || a.passphrase.passphrase_command.is_some();
+    if a.keys.is_empty() && given {
+        return place.keyring.roots.iter().map(|r| r.uri.clone()).collect();
+    }
+    a.keys.clone()
+}
+
+fn not_mounted(place: &Place, why: &str) -> Fault {
+    Fault::new(FaultKind::NotMounted, format!("{}: {why}", place.backing.display()))
+}
+
+/// Says how a rotation ended.
+fn ended(s: RotationState, a: &RotateArgs) -> Result<(), Fault> {
+    match (s.report, s.fault) {
+        (Some(r), _) => finish(&r, a),
+        (None, Some(f)) => Err(f),
+        (None, None) => Err(Fault::new(FaultKind::Daemon, "the daemon did not say how the rotation ended")),
+    }
+}
+
+fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
+    let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
+    let _lock = VolumeLock::take(&place.backing, "rotate")?;
+    let connect = root_keys::connect_options(&a.passphrase);
+    let b = open::backing(&place.backing)?;
+    let keys = open::keys(&b, &a.open_keys, &connect)?;
+    let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.passphrase);
+    let options = Options {
+        kek: a.kek.map(Into::into),
+        root: root_keys::for_new_kek(&open::parse(&a.keys)?, &root_keys::connect_options(&new))?,
+        rate: a.rate,
+        jobs: a.jobs,
+        dry_run: a.dry_run,
+        destroy_old: a.destroy_old,
+        restart: a.restart,
+    };
+    let store = Store::open(b, keys, StoreOptions::default()).map_err(|e| fail(&e))?;
+    let control = Arc::new(Control::new());
+    cancel_on_signal(&control)?;
+    let meter = Meter::new(a.json);
+    let report = rotate::offline(&store, &options, &Shown(&meter), &control);
+    meter.end();
+    let closed = store.close();
+    let report = report.map_err(|e| fail(&e))?;
+    closed.map_err(|e| fail(&e))?;
+    finish(&report, a)
+}
+
+/// The first signal cancels in order; what is done stays done.
+fn cancel_on_signal(control: &Arc<Control>) -> Result<(), Fault> {
+    let fail = |e: std::io::Error| Fault::new(FaultKind::Other, format!("cannot wait for signals: {e}"));
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(fail)?;
+    let control = control.clone();
+    std::thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            control.cancel();
+        }
+    });
+    Ok(())
+}
+
+struct Shown<'a>(&'a Meter);
+
+impl Progress for Shown<'_> {
+    fn update(&self, s: &Status) {
+        show(self.0, s);
+    }
+}
+
+fn show(meter: &Meter, s: &Status) {
+    let paused = if s.paused { ", paused" } else { "" };
+    let says = format!("{}: {} rewrapped, {:.0}/s{paused}", phase(s.state), s.counts.rewrapped, s.rate);
+    meter.update(s.counts.scanned, s.expected, &says);
+}
+
+fn phase(s: State) -> &'static str {
+    match s {
+        State::Staged => "staging the new KEK",
+        State::Sweeping => "rewrapping",
+        State::Verifying => "verifying",
+        State::Retiring => "retiring the old KEK",
+        State::Done => "done",
+        State::Cancelled => "cancelled",
+        State::Incomplete => "incomplete",
+    }
+}
+
+/// One line about a rotation, for `status`.
+pub fn in_words(s: &RotationState) -> String {
+    match (&s.status, &s.report, &s.fault) {
+        (Some(t), _, _) if s.running => {
+            let of = t.expected.map_or(String::new(), |n| format!(" of {n}"));
+            let paused = if t.paused { ", paused" } else { "" };
+            format!("{}, {}{of} files, pass {}{paused}", phase(t.state), t.counts.scanned, t.pass)
+        }
+        (_, Some(r), _) => {
+            format!("last one {}: {} files moved to KEK {}", outcome(r.outcome), r.sweep.rewrapped, r.target)
+        }
+        (_, _, Some(f)) => format!("last one failed: {f}"),
+        _ => "starting".into(),
+    }
+}
+
+fn outcome(o: Outcome) -> &'static str {
+    match o {
+        Outcome::Complete => "complete",
+        Outcome::Incomplete => "incomplete",
+        Outcome::Cancelled => "cancelled",
+        Outcome::DryRun => "dry run",
+    }
+}
+
+fn finish(r: &Report, a: &RotateArgs) -> Result<(), Fault> {
+    if a.json {
+        output::print_json(r)?;
+    } else {
+        output::print(&text(r))?;
+    }
+    if r.is_done() {
+        return Ok(());
+    }
+    let text = match r.outcome {
+        Outcome::Cancelled => format!("rotation to KEK {} was cancelled", r.target),
+        _ => format!("rotation to KEK {} is incomplete: {} files could not be moved", r.target, r.failures_total),
+    };
+    Err(Fault::new(FaultKind::RotationIncomplete, text))
+}
+
+fn text(r: &Report) -> String {
+    if r.outcome == Outcome::DryRun {
+        let todo = r.sweep.scanned - r.sweep.current.min(r.sweep.scanned);
+        return format!(
+            "dry run: {} files, {} without a header, {} under KEK {} already, {} in all to look at\n",
+            r.sweep.scanned, r.sweep.empty, r.sweep.current, r.target, todo
+        );
+    }
+    let mut t = format!("{}: {} files moved to KEK {}\n", outcome(r.outcome), r.sweep.rewrapped, r.target);
+    if let Some(v) = &r.verify {
+        t += &format!("verified: {} headers under it in both slots, {} files without a header\n", v.current, v.empty);
+    }
+    for k in &r.retired {
+        t += &format!("retired KEK {k}\n");
+    }
+    for k in &r.destroyed {
+        t += &format!("destroyed KEK {k}\n");
+    }
+    for f in &r.failures {
+        t += &format!("failed: {}: {} ({})\n", f.path, f.message, f.code);
+    }
+    t
+}

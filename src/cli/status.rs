@@ -1,0 +1,164 @@
+//! `status` and `key list`: what a store is and how it stands. Needs no key.
+
+use super::args::StatusArgs;
+use super::output;
+use super::place::Place;
+use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::lock::VolumeLock;
+use crate::daemon::protocol::{DaemonStatus, Reply, Request};
+use crate::format::ids::{KekId, RootKeyId, StoreId};
+use crate::format::keyring::{KekKind, KekState, Keyring};
+use serde::Serialize;
+use std::path::Path;
+
+/// `status --json`. Stable.
+#[derive(Debug, Serialize)]
+struct Status {
+    store: StoreId,
+    backing: String,
+    mounted: bool,
+    mountpoint: Option<String>,
+    /// Some process has the store: a daemon, a rotation or a check.
+    locked: bool,
+    plaintext_names: bool,
+    keyring: KeyringView,
+    /// What the daemon says of itself; `null` if the store is not mounted.
+    daemon: Option<DaemonStatus>,
+}
+
+/// The keyring without its wrapped bytes. Stable; `key list --json` is this.
+#[derive(Debug, Serialize)]
+pub struct KeyringView {
+    pub store: StoreId,
+    pub generation: u64,
+    pub root_keys: Vec<RootKeyView>,
+    pub keks: Vec<KekView>,
+}
+
+/// A root key.
+#[derive(Debug, Serialize)]
+pub struct RootKeyView {
+    pub id: RootKeyId,
+    pub uri: String,
+}
+
+/// A KEK. Times are Unix seconds, 0 if it has not happened.
+#[derive(Debug, Serialize)]
+pub struct KekView {
+    pub id: KekId,
+    pub kind: KekKind,
+    pub state: KekState,
+    pub created: u64,
+    pub activated: u64,
+    pub retired: u64,
+    pub unused: u64,
+    pub destroyed: u64,
+    /// Root keys that open it.
+    pub root_keys: Vec<RootKeyId>,
+}
+
+impl From<&Keyring> for KeyringView {
+    fn from(k: &Keyring) -> Self {
+        let roots = k.roots.iter().map(|r| RootKeyView { id: r.id, uri: r.uri.clone() }).collect();
+        let keks = k.keks.iter().map(|k| KekView {
+            id: k.id,
+            kind: k.kind,
+            state: k.state,
+            created: k.created,
+            activated: k.activated,
+            retired: k.retired,
+            unused: k.unused,
+            destroyed: k.destroyed,
+            root_keys: k.wraps.iter().map(|w| w.root).collect(),
+        });
+        Self { store: k.store, generation: k.generation, root_keys: roots, keks: keks.collect() }
+    }
+}
+
+/// Runs `status`.
+///
+/// # Errors
+/// [`FaultKind::NotAStore`]; the daemon does not answer.
+pub fn run(a: &StatusArgs) -> Result<(), Fault> {
+    let place = Place::find(&a.target)?;
+    let daemon = ask(&place)?;
+    let k = &place.keyring;
+    let status = Status {
+        store: k.store,
+        backing: place.backing.display().to_string(),
+        mounted: daemon.is_some(),
+        mountpoint: daemon.as_ref().map(|d| d.mountpoint.clone()),
+        locked: VolumeLock::is_taken(&place.backing),
+        plaintext_names: k.plaintext_names(),
+        keyring: k.into(),
+        daemon,
+    };
+    if a.json { output::print_json(&status) } else { output::print(&text(&status)) }
+}
+
+/// Runs `key list`.
+///
+/// # Errors
+/// [`FaultKind::NotAStore`].
+pub fn key_list(target: &Path, json: bool) -> Result<(), Fault> {
+    let view = KeyringView::from(&Place::find(target)?.keyring);
+    if json { output::print_json(&view) } else { output::print(&keys(&view)) }
+}
+
+/// The daemon's answer; `None` if there is no daemon. Somebody else having the store (an offline rotation) is no error.
+fn ask(place: &Place) -> Result<Option<DaemonStatus>, Fault> {
+    let dead = place.mount.as_ref().filter(|m| crate::daemon::mounts::is_dead(&m.mountpoint));
+    match place.connect() {
+        Ok(Some(c)) => match c.ask(&Request::Status, |_| {})? {
+            Reply::Status(s) => Ok(Some(*s)),
+            _ => Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
+        },
+        Ok(None) => match dead {
+            Some(m) => {
+                let at = m.mountpoint.display().to_string();
+                Err(Fault::new(FaultKind::Daemon, format!("{at}: {}", super::advice::dead_mount(&at))))
+            }
+            None => Ok(None),
+        },
+        Err(f) if f.kind == FaultKind::Locked => Ok(None),
+        Err(f) => Err(f),
+    }
+}
+
+fn text(s: &Status) -> String {
+    let mut t = format!("store     {}\nbacking   {}\n", s.store, s.backing);
+    match (&s.mountpoint, s.locked) {
+        (Some(m), _) => t += &format!("mounted   {m}\n"),
+        (None, true) => t += "mounted   no, but in use by another process\n",
+        (None, false) => t += "mounted   no\n",
+    }
+    t += &format!("names     {}\n", if s.plaintext_names { "plaintext" } else { "encrypted" });
+    if let Some(d) = &s.daemon {
+        let mode = if d.read_only { ", read-only" } else { "" };
+        t += &format!("daemon    process {}, version {}, up {} s{mode}\n", d.pid, d.version, d.uptime);
+        t += &format!("memory    keys {} be swapped out\n", if d.memory_locked { "cannot" } else { "CAN" });
+        let c = &d.dek_cache;
+        t += &format!("DEK cache {} keys, {} hits, {} misses\n", c.entries, c.hits, c.misses);
+        if let Some(r) = &d.rotation {
+            t += &format!("rotation  {}\n", super::rotate::in_words(r));
+        }
+    }
+    t + &keys(&s.keyring)
+}
+
+fn keys(k: &KeyringView) -> String {
+    let mut t = format!("keyring   generation {}\n", k.generation);
+    for r in &k.root_keys {
+        t += &format!("  root key {} {}\n", r.id, r.uri);
+    }
+    for k in &k.keks {
+        let (state, kind) = (word(&k.state), word(&k.kind));
+        t += &format!("  KEK      {} {state}, {kind}\n", k.id);
+    }
+    t
+}
+
+/// A unit variant's name as JSON has it.
+fn word<T: Serialize>(v: &T) -> String {
+    serde_json::to_value(v).ok().and_then(|v| v.as_str().map(str::to_string)).unwrap_or_default()
+}

@@ -1,0 +1,119 @@
+//! What the daemon does for its clients.
+
+use super::fault::{Fault, FaultKind};
+use super::job::Job;
+use super::open;
+use super::protocol::{CacheStatus, DaemonStatus, Hidden, Reply, Request, RotateRequest};
+use super::server::{Client, Handler};
+use crate::backing::posix::Posix;
+use crate::crypto::secret::memory_is_locked;
+use crate::format::ids::RootKeyId;
+use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri};
+use crate::rotation;
+use crate::store::Store;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+use zeroize::Zeroizing;
+
+/// The mounted store, as clients see it.
+pub struct Control {
+    pub store: Arc<Store<Posix>>,
+    pub job: Arc<Job>,
+    pub mountpoint: PathBuf,
+    pub backing: PathBuf,
+    pub started: Instant,
+}
+
+impl Handler for Control {
+    fn handle(&self, request: Request, client: &mut Client) -> io::Result<()> {
+        let reply = match request {
+            Request::Rotate(r) => return self.rotate(&r, client),
+            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
+            Request::RotateStatus => Ok(Reply::Rotation(Box::new(self.job.state().unwrap_or_default()))),
+            Request::RotatePause => self.job.steer(rotation::Control::pause).map(|()| Reply::Done),
+            Request::RotateResume => self.job.steer(rotation::Control::resume).map(|()| Reply::Done),
+            Request::RotateCancel => self.job.steer(rotation::Control::cancel).map(|()| Reply::Done),
+            Request::KeyAdd { uri, passphrase } => self.key_add(&uri, passphrase.as_ref()).map(|()| Reply::Done),
+            Request::KeyRemove { id } => self.key_remove(&id).map(|()| Reply::Done),
+        };
+        client.send(&reply.unwrap_or_else(Reply::Failed))
+    }
+}
+
+impl Control {
+    fn status(&self) -> DaemonStatus {
+        let shared = self.store.shared();
+        let c = shared.deks.stats();
+        DaemonStatus {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            store: shared.keys.store_id().to_string(),
+            mountpoint: self.mountpoint.display().to_string(),
+            backing: self.backing.display().to_string(),
+            uptime: self.started.elapsed().as_secs(),
+            read_only: shared.read_only,
+            memory_locked: memory_is_locked(),
+            dek_cache: CacheStatus {
+                entries: c.entries as u64,
+                hits: c.hits,
+                misses: c.misses,
+                evicted: c.evicted,
+                expired: c.expired,
+            },
+            rotation: self.job.state(),
+        }
+    }
+
+    fn rotate(&self, r: &RotateRequest, client: &mut Client) -> io::Result<()> {
+        let started = rotate_options(r).and_then(|options| {
+            let store = self.store.clone();
+            let backing = self.backing.clone();
+            self.job.start(move |progress, control| {
+                super::rotate::mounted(&store, &options, progress, control).map_err(|e| Fault::store(&backing, &e))
+            })
+        });
+        match started {
+            Ok(_) if r.detach => client.send(&Reply::Done),
+            Ok(number) => self.job.watch(number, false, client),
+            Err(f) => client.send(&Reply::Failed(f)),
+        }
+    }
+
+    fn key_add(&self, uri: &str, passphrase: Option<&Hidden>) -> Result<(), Fault> {
+        let uri = RootKeyUri::parse(uri).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
+        let key = connect(&uri, passphrase, true)?;
+        let shared = self.store.shared();
+        shared.keys.add_root_key(&shared.backing, &key).map_err(|e| Fault::store(&self.backing, &e))?;
+        Ok(())
+    }
+
+    fn key_remove(&self, id: &str) -> Result<(), Fault> {
+        let id: RootKeyId = id.parse().map_err(|e| Fault::new(FaultKind::Usage, format!("root key id: {e}")))?;
+        let shared = self.store.shared();
+        shared.keys.remove_root_key(&shared.backing, id).map_err(|e| Fault::store(&self.backing, &e))
+    }
+}
+
+/// The provider of `uri`; with `create`, a key file that is not there is made. The daemon has no terminal: a passphrase comes with the request or not at all.
+fn connect(uri: &RootKeyUri, passphrase: Option<&Hidden>, create: bool) -> Result<Arc<dyn KeyProvider>, Fault> {
+    let fixed = passphrase.map(|p| PassphraseSource::Fixed(Zeroizing::new(p.expose().as_bytes().to_vec())));
+    let o = ConnectOptions { passphrase: fixed, ..Default::default() };
+    crate::kms::connect(uri, &o, create).map_err(|e| Fault::kms(&uri.to_string(), &e))
+}
+
+/// What a run is asked to do.
+fn rotate_options(r: &RotateRequest) -> Result<rotation::Options, Fault> {
+    let uris = open::parse(&r.keys)?;
+    let root = uris.iter().map(|u| connect(u, r.passphrase.as_ref(), false)).collect::<Result<_, _>>()?;
+    Ok(rotation::Options {
+        kek: r.kek,
+        root,
+        rate: r.rate,
+        jobs: r.jobs,
+        dry_run: r.dry_run,
+        destroy_old: r.destroy_old,
+        restart: r.restart,
+    })
+}

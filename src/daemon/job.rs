@@ -1,0 +1,190 @@
+//! A rotation inside the daemon: one at a time, watched by any number of clients, steered by any of them.
+
+use super::fault::{Fault, FaultKind};
+use super::protocol::{Reply, RotationState};
+use super::server::Client;
+use crate::rotation::{Control, Progress, Report, Status};
+use parking_lot::{Condvar, Mutex};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often a watching client hears something, and is looked at whether it is still there.
+const TICK: Duration = Duration::from_millis(250);
+
+#[derive(Default)]
+struct Inner {
+    state: Option<RotationState>,
+    control: Option<Arc<Control>>,
+    /// Counts the rotations, so that a client watches the one it asked for.
+    number: u64,
+}
+
+/// The daemon's rotation.
+#[derive(Default)]
+pub struct Job {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+/// Passes a run's progress to whoever watches.
+struct Teller<'a>(&'a Job);
+
+impl Progress for Teller<'_> {
+    fn update(&self, s: &Status) {
+        if let Some(state) = self.0.inner.lock().state.as_mut() {
+            state.status = Some(s.clone());
+        }
+        self.0.changed.notify_all();
+    }
+}
+
+impl Job {
+    /// The rotation under way, or the last one.
+    pub fn state(&self) -> Option<RotationState> {
+        self.inner.lock().state.clone()
+    }
+
+    /// Starts `run` in a thread of its own. Returns the rotation's number.
+    ///
+    /// # Errors
+    /// [`FaultKind::Busy`] if one is under way.
+    pub fn start(
+        self: &Arc<Self>,
+        run: impl FnOnce(&dyn Progress, &Control) -> Result<Report, Fault> + Send + 'static,
+    ) -> Result<u64, Fault> {
+        let control = Arc::new(Control::new());
+        let number = {
+            let mut inner = self.inner.lock();
+            if inner.control.is_some() {
+                return Err(Fault::new(FaultKind::Busy, "a rotation of this store is under way already"));
+            }
+            inner.control = Some(control.clone());
+            inner.state = Some(RotationState { running: true, ..Default::default() });
+            inner.number += 1;
+            inner.number
+        };
+        let job = self.clone();
+        let spawned = std::thread::Builder::new().name("rotate".into()).spawn(move || {
+            let work = std::panic::AssertUnwindSafe(|| run(&Teller(&job), &control));
+            let ended = std::panic::catch_unwind(work)
+                .unwrap_or_else(|_| Err(Fault::new(FaultKind::Other, "the rotation panicked; see the log")));
+            job.end(ended);
+        });
+        spawned.map_err(|e| {
+            self.end(Err(Fault::new(FaultKind::Other, "no thread for the rotation")));
+            Fault::new(FaultKind::Other, format!("cannot start a thread: {e}"))
+        })?;
+        Ok(number)
+    }
+
+    fn end(&self, ended: Result<Report, Fault>) {
+        let mut inner = self.inner.lock();
+        inner.control = None;
+        if let Some(s) = inner.state.as_mut() {
+            s.running = false;
+            match ended {
+                Ok(r) => s.report = Some(r),
+                Err(f) => s.fault = Some(f),
+            }
+        }
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Runs `f` on the switches of the rotation under way.
+    ///
+    /// # Errors
+    /// [`FaultKind::Usage`] if there is none.
+    pub fn steer(&self, f: impl FnOnce(&Control)) -> Result<(), Fault> {
+        match &self.inner.lock().control {
+            Some(c) => {
+                f(c);
+                Ok(())
+            }
+            None => Err(Fault::new(FaultKind::Usage, "no rotation of this store is under way")),
+        }
+    }
+
+    /// Cancels the rotation under way, if any, and waits until it has stopped.
+    pub fn stop(&self) {
+        let mut inner = self.inner.lock();
+        while let Some(c) = &inner.control {
+            c.cancel();
+            self.changed.wait(&mut inner);
+        }
+    }
+
+    /// Tells `client` how rotation `number` gets on until it has ended. If the client goes away first, the rotation is
+    /// cancelled, unless `detached`.
+    ///
+    /// # Errors
+    /// That the client has gone away.
+    pub fn watch(&self, number: u64, detached: bool, client: &mut Client) -> io::Result<()> {
+        let leave = |e: io::Error| {
+            if !detached {
+                tracing::info!("the client that started the rotation has gone: cancelling it");
+                let _ = self.steer(Control::cancel);
+            }
+            Err(e)
+        };
+        let mut told: Option<Status> = None;
+        loop {
+            let mut inner = self.inner.lock();
+            let same = |i: &Inner| i.number == number && i.state.as_ref().is_some_and(|s| s.running);
+            if same(&inner) {
+                self.changed.wait_for(&mut inner, TICK);
+            }
+            let running = same(&inner);
+            let state = inner.state.clone().unwrap_or_default();
+            drop(inner);
+            if !running {
+                return client.send(&Reply::Rotation(Box::new(state)));
+            }
+            if client.is_gone() {
+                return leave(io::ErrorKind::BrokenPipe.into());
+            }
+            if let Some(s) = state.status.filter(|s| told.as_ref() != Some(s)) {
+                if let Err(e) = client.send(&Reply::Progress(s.clone())) {
+                    return leave(e);
+                }
+                told = Some(s);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cancelled() -> Fault {
+        Fault::new(FaultKind::RotationIncomplete, "cancelled")
+    }
+
+    #[test]
+    fn one_at_a_time_and_a_cancel_ends_it() {
+        let job = Arc::new(Job::default());
+        assert_eq!(job.steer(Control::pause).unwrap_err().kind, FaultKind::Usage);
+        job.start(|_, c| {
+            let _ = c.wait(Duration::from_secs(600));
+            Err(cancelled())
+        })
+        .unwrap();
+        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::Busy);
+        assert!(job.state().unwrap().running);
+        job.stop();
+        let s = job.state().unwrap();
+        assert!(!s.running);
+        assert_eq!(s.fault, Some(cancelled()));
+    }
+
+    #[test]
+    fn a_panic_ends_the_rotation_not_the_daemon() {
+        let job = Arc::new(Job::default());
+        job.start(|_, _| std::panic::resume_unwind(Box::new("boom"))).unwrap();
+        job.stop();
+        assert!(job.state().unwrap().fault.unwrap().message.contains("panicked"));
+        job.stop();
+    }
+}

@@ -1,0 +1,180 @@
+//! A mount from beginning to end, in the process that serves it.
+
+use super::control::Control;
+use super::fault::{Fault, FaultKind, plain};
+use super::job::Job;
+use super::lock::VolumeLock;
+use super::ready::Sender;
+use super::server::{Server, open_dir};
+use super::{log, mounts, open, runtime_dir, spawn};
+use crate::backing::posix::Posix;
+use crate::fuse::{self, MountOptions, Unmounter};
+use crate::kms::ConnectOptions;
+use crate::store::dek_cache::DekCacheLimits;
+use crate::store::{Store, StoreOptions};
+use sd_notify::NotifyState;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender as StopSender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often files closed a while ago are settled, and how long ago that must be.
+const SETTLE_EVERY: Duration = Duration::from_secs(1);
+const SETTLE_AFTER: Duration = Duration::from_secs(2);
+
+/// What is to be mounted, and how.
+#[derive(Debug)]
+pub struct Plan {
+    /// The backing directory, absolute, without symbolic links.
+    pub backing: PathBuf,
+    /// Root key URIs; empty: those of the keyring.
+    pub keys: Vec<String>,
+    pub connect: ConnectOptions,
+    pub dek_cache: DekCacheLimits,
+    /// How to mount; the mount point absolute, without symbolic links.
+    pub mount: MountOptions,
+    pub log: log::Target,
+    pub log_level: tracing::Level,
+    /// Leave the terminal once mounted.
+    pub background: bool,
+}
+
+/// Mounts, tells `ready` (and systemd), serves until unmounted, and closes the store.
+///
+/// # Errors
+/// Before the mount: why there is none. After: why the store could not be closed in order.
+pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
+    let lock = VolumeLock::take(&plan.backing, "mount")?;
+    let b = open::backing(&plan.backing)?;
+    // The last thing that may need the terminal and the working directory.
+    let keys = open::keys(&b, &plan.keys, &plan.connect)?;
+    let _ = std::env::set_current_dir("/");
+    clear_mountpoint(&plan)?;
+    log::install(plan.log, plan.log_level);
+    let options = StoreOptions { read_only: plan.mount.read_only, deks: plan.dek_cache, ..Default::default() };
+    let store = Store::open(b, keys, options).map_err(|e| Fault::store(&plan.backing, &e))?;
+    let job = Arc::new(Job::default());
+    let control = Control {
+        store: store.clone(),
+        job: job.clone(),
+        mountpoint: plan.mount.mountpoint.clone(),
+        backing: plan.backing.clone(),
+        started: Instant::now(),
+    };
+    let id = store.shared().keys.store_id();
+    let server = Server::start(&runtime_dir::socket_path(&runtime_dir::make()?, id), Arc::new(control))?;
+    let mounted = fuse::mount(store.clone(), &plan.mount).map_err(|e| mount_fault(&plan.mount, &e))?;
+    on_signals(mounted.unmount_handle(), plan.mount.mountpoint.clone())
+        .map_err(|e| Fault::new(FaultKind::Other, format!("cannot wait for signals: {}", plain(&e))))?;
+    let settling = Settling::start(store.clone());
+    tracing::info!("mounted {} (store {id}) at {}", plan.backing.display(), plan.mount.mountpoint.display());
+    if plan.background {
+        spawn::detach()
+            .map_err(|e| Fault::new(FaultKind::Other, format!("cannot leave the terminal: {}", plain(&e))))?;
+    }
+    ready.ready();
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+
+    let served = mounted.wait();
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    job.stop();
+    settling.stop();
+    let closed = store.close();
+    // Only now may somebody else have the store.
+    drop(server);
+    drop(lock);
+    ended(&plan.backing, served, closed.map_err(|e| Fault::store(&plan.backing, &e)))
+}
+
+fn ended(backing: &std::path::Path, served: io::Result<()>, closed: Result<(), Fault>) -> Result<(), Fault> {
+    match (&closed, &served) {
+        (Err(f), _) => tracing::error!("closing the store: {f}"),
+        (_, Err(e)) => tracing::error!("the FUSE connection ended: {e}"),
+        _ => tracing::info!("unmounted {}", backing.display()),
+    }
+    closed?;
+    served.map_err(|e| Fault::new(FaultKind::Fuse, format!("the FUSE connection ended: {}", plain(&e))))
+}
+
+/// Refuses a mount point where an envelopefs is mounted already; takes away one of ours whose daemon has died.
+fn clear_mountpoint(plan: &Plan) -> Result<(), Fault> {
+    let at = &plan.mount.mountpoint;
+    let shown = at.display();
+    let there = mounts::at(at).map_err(|e| Fault::io("look for mounts at", at, &e))?;
+    let Some(m) = there.filter(mounts::Mount::is_ours) else { return Ok(()) };
+    if !mounts::is_dead(at) {
+        let text = format!("{} is mounted at {shown} already", m.source.display());
+        return Err(Fault::new(FaultKind::MountPoint, text));
+    }
+    if m.source != plan.backing {
+        let text = format!("a dead mount of {} is in the way at {shown}: its daemon has died", m.source.display());
+        return Err(Fault::new(FaultKind::MountPoint, text));
+    }
+    // The volume lock is ours, so its daemon is gone for good.
+    Unmounter::new(at).detach().map_err(|e| Fault::io("take away the dead mount at", at, &e))
+}
+
+fn mount_fault(o: &MountOptions, e: &io::Error) -> Fault {
+    let kind = match e.raw_os_error() {
+        Some(libc::ENOENT | libc::EPERM | libc::EACCES | libc::ENODEV | libc::ENXIO) | None => FaultKind::Fuse,
+        _ => FaultKind::MountPoint,
+    };
+    let kind = if e.kind() == io::ErrorKind::InvalidInput { FaultKind::Usage } else { kind };
+    Fault::new(kind, format!("cannot mount at {}: {}", o.mountpoint.display(), plain(e)))
+}
+
+/// SIGTERM, SIGINT and SIGHUP unmount. While files are open, the mount leaves the name space at once and ends with the
+/// last of them; what was written is written back first.
+fn on_signals(unmounter: Unmounter, mountpoint: PathBuf) -> io::Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            tracing::info!("signal {signal}: unmounting");
+            let _ = sd_notify::notify(&[NotifyState::Stopping]);
+            if let Err(e) = unmounter.unmount() {
+                tracing::warn!("{} is in use ({e}); it will end with its last user", mountpoint.display());
+                let dir = open_dir(&mountpoint);
+                if let Err(e) = unmounter.detach() {
+                    tracing::error!("cannot unmount {}: {e}", mountpoint.display());
+                }
+                if let Ok(d) = dir {
+                    let _ = rustix::fs::syncfs(&d);
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// The thread that marks closed files clean and forgets old keys.
+struct Settling {
+    stop: StopSender<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Settling {
+    fn start(store: Arc<Store<Posix>>) -> Self {
+        let (stop, stopped) = channel();
+        let work = move || {
+            while stopped.recv_timeout(SETTLE_EVERY) == Err(RecvTimeoutError::Timeout) {
+                if let Err(e) = store.settle(SETTLE_AFTER) {
+                    tracing::warn!("settling closed files: {e}");
+                }
+                store.shared().deks.expire();
+            }
+        };
+        // Without the thread files are settled at unmount.
+        let thread = std::thread::Builder::new().name("settle".into()).spawn(work).ok();
+        Self { stop, thread }
+    }
+
+    fn stop(self) {
+        drop(self.stop);
+        if let Some(t) = self.thread {
+            let _ = t.join();
+        }
+    }
+}

@@ -558,7 +558,8 @@ mod tests {
 
     #[test]
     fn rules_between_fields_hold_on_both_sides() {
-        let broken: [(&str, fn(&mut Keyring)); 15] = [
+        type Breakage = (&'static str, fn(&mut Keyring));
+        let broken: [Breakage; 15] = [
             ("no active", |k| k.keks[2].state = KekState::Retired),
             ("two active", |k| k.keks[1].state = KekState::Active),
             ("same KEK twice", |k| k.keks[1].id = k.keks[2].id),

@@ -15,7 +15,7 @@ mod roots;
 mod tests;
 
 pub use crate::format::keyring::{KekKind, KekState};
-pub use disk::{COPIES, FOLDER};
+pub use disk::{BadCopy, COPIES, FOLDER};
 pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
 
 use crate::backing::Backing;
@@ -57,7 +57,7 @@ pub struct Keys {
     state: RwLock<State>,
     /// Held through every change of the keyring on disk.
     update: Mutex<()>,
-    damaged: Vec<(&'static str, Damage)>,
+    damaged: Vec<BadCopy>,
 }
 
 impl std::fmt::Debug for Keys {
@@ -197,7 +197,7 @@ impl Keys {
         secret: StoreSecret,
         first: Connected,
         root: &[Arc<dyn KeyProvider>],
-        damaged: Vec<(&'static str, Damage)>,
+        damaged: Vec<BadCopy>,
     ) -> Result<Self> {
         let mut spare: Vec<_> = root.iter().filter(|p| !Arc::ptr_eq(p, &first.provider)).cloned().collect();
         let mut connected = vec![first];
@@ -224,7 +224,7 @@ impl Keys {
         opened: Opened,
         connected: Vec<Connected>,
         spare: Vec<Arc<dyn KeyProvider>>,
-        damaged: Vec<(&'static str, Damage)>,
+        damaged: Vec<BadCopy>,
     ) -> Result<Self> {
         let active = ring.active().map(|k| k.id).ok_or(Damage::KeyringUnreadable)?;
         let Some(handle) = opened.handles.get(&active).cloned() else {
@@ -276,7 +276,7 @@ impl Keys {
 
     /// Copies of the keyring that were missing, damaged or not authentic when this was opened.
     /// [`Keys::repair_copies`] or the next change of the keyring replaces them.
-    pub fn damaged_copies(&self) -> &[(&'static str, Damage)] {
+    pub fn damaged_copies(&self) -> &[BadCopy] {
         &self.damaged
     }
 
@@ -312,7 +312,7 @@ impl Keys {
     }
 }
 
-fn report(damaged: &[(&'static str, Damage)]) {
+fn report(damaged: &[BadCopy]) {
     for (copy, damage) in damaged {
         tracing::warn!(copy, code = damage.code(), "keyring copy cannot be used; the other one is");
     }

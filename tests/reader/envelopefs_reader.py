@@ -239,8 +239,8 @@ class Keyring:
                 errors.append("keyring-unreadable")
             except Damage as e:
                 errors.append(e.code)
-        if not valid:
-            known = [e for e in errors if e.startswith("unsupported")]
+        known = [e for e in errors if e.startswith("unsupported")]
+        if known or not valid:
             raise Damage((known or ["keyring-unreadable"])[0])
         return max(valid, key=lambda k: k.generation)
 

@@ -16,6 +16,9 @@ pub const FOLDER: &[u8] = b".envelopefs";
 pub const COPIES: [&str; 2] = ["keyring.a", "keyring.b"];
 const TEMP: &[u8] = b"keyring.new";
 
+/// A copy that cannot be used, and why.
+pub type BadCopy = (&'static str, Damage);
+
 /// What lies in the place of one copy.
 #[derive(Debug)]
 pub enum Found {
@@ -61,7 +64,7 @@ pub fn load<B: Backing>(b: &B, folder: &B::Node) -> [Found; 2] {
 /// [`StoreError::NotAStore`] if neither copy exists, [`Damage::KeyringUnreadable`] if neither is valid, the backing
 /// directory's error if that is why; [`Damage::UnsupportedVersion`] or [`Damage::UnsupportedFeature`] if one of them
 /// was written by a newer program: the other one is then out of date.
-pub fn candidates(found: [Found; 2]) -> Result<(Vec<Decoded>, Vec<(&'static str, Damage)>)> {
+pub fn candidates(found: [Found; 2]) -> Result<(Vec<Decoded>, Vec<BadCopy>)> {
     let (mut valid, mut damaged, mut error) = (Vec::new(), Vec::new(), None);
     let mut absent = 0;
     for (name, f) in COPIES.into_iter().zip(found) {

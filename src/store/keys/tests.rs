@@ -680,3 +680,55 @@ fn a_slow_provider_keeps_nobody_from_wrapping() {
         assert!(staging.join().unwrap().is_ok());
     });
 }
+
+#[test]
+fn the_whole_copy_is_not_touched_before_the_damaged_one_is_whole_again() {
+    for (bad, good) in [(0, 1), (1, 0)] {
+        let path = |i: usize| format!(".envelopefs/{}", COPIES[i]);
+        for n in 0.. {
+            let (disk, s, _) = fresh();
+            disk.flip_bit(path(bad), 60, 1).unwrap();
+            let keys = open(&disk, &[&s]).unwrap();
+            let before = raw(&disk);
+            disk.stop_after(disk.operations() + n);
+            let staged = keys.stage(&disk, KekKind::Sealed, &[]);
+            let after = raw(&disk.crash_process());
+            assert!(after[good] == before[good] || after[bad] != before[bad], "stopped after {n}");
+            if staged.is_ok() {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn on_a_real_directory_with_a_key_file_and_a_passphrase() {
+    use crate::backing::posix::Posix;
+    use crate::kms::{Argon2Cost, ConnectOptions, PassphraseSource, RootKeyUri, connect};
+    let (dir, keydir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let b = Posix::open(dir.path()).unwrap();
+    let with = |text: &str| ConnectOptions {
+        passphrase: Some(PassphraseSource::Fixed(text.as_bytes().to_vec().into())),
+        argon2: Some(Argon2Cost::LEAST),
+    };
+    let file = RootKeyUri::parse(&format!("keyfile:{}/key", keydir.path().display())).unwrap();
+    let phrase = RootKeyUri::parse("passphrase:").unwrap();
+    let both = [connect(&file, &with(""), true).unwrap(), connect(&phrase, &with("open sesame"), true).unwrap()];
+    let keys = Keys::create(&b, &both, KekKind::Sealed, StoreFlags::default()).unwrap();
+    let uris: Vec<String> = Keys::read_keyring(&b).unwrap().roots.into_iter().map(|r| r.uri).collect();
+    assert_eq!(uris, [file.to_string(), "passphrase:".to_owned()]);
+    assert!(uris.iter().all(|u| RootKeyUri::recorded(u).is_ok()));
+    for p in [connect(&file, &with(""), false).unwrap(), connect(&phrase, &with("open sesame"), false).unwrap()] {
+        assert_eq!(Keys::open(&b, &[p]).unwrap().snapshot(), keys.snapshot());
+    }
+    let wrong = connect(&phrase, &with("open barley"), false).unwrap();
+    assert!(matches!(Keys::open(&b, &[wrong]), Err(StoreError::WrongKey(_))));
+    let id = keys.stage(&b, KekKind::Sealed, &[]).unwrap();
+    keys.activate(&b, id).unwrap();
+    let folder = b.lookup(&b.root().unwrap(), FOLDER).unwrap();
+    assert_eq!(b.stat(&folder).unwrap().mode, 0o700);
+    for c in COPIES {
+        assert_eq!(b.stat_at(&folder, c.as_bytes()).unwrap().mode, 0o600);
+    }
+    assert_eq!(b.read_dir(&folder).unwrap().len(), 2);
+}

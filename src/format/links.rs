@@ -123,3 +123,71 @@ impl LinkKey {
         Ok(t)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn key() -> LinkKey {
+        LinkKey::new(&StoreSecret::from_secret(Secret32::build(|k| k.fill(7))))
+    }
+
+    #[test]
+    fn the_size_of_a_link_tells_the_length_of_its_target() {
+        let k = key();
+        for len in 1..=TARGET_MAX {
+            let target = vec![b't'; len];
+            match k.seal(&target) {
+                SealedTarget::Inline(text) => {
+                    assert!(len <= 3032 && text.len() <= TEXT_MAX);
+                    assert_eq!(plain_len(text.len() as u64), Some(len as u64), "{len}");
+                    assert_eq!(k.open_text(&text).unwrap(), target);
+                }
+                SealedTarget::Apart { sealed, len: said } => {
+                    assert!(len > 3032 && said == len && sealed.len() <= SEALED_MAX);
+                    assert_eq!(k.open_sealed(&sealed).unwrap(), target);
+                }
+            }
+        }
+        assert_eq!(plain_len(REFERENCE_LEN as u64), None);
+        assert_eq!(REFERENCE_LEN % 4, 1, "no base64url text has this length");
+        assert_eq!(plain_len(0), Some(0));
+        let _ = plain_len(u64::MAX);
+    }
+
+    #[test]
+    fn references_come_back_and_lead_nowhere_else() {
+        let r = Reference::new(4095);
+        let text = r.to_text();
+        assert_eq!(text.len(), REFERENCE_LEN);
+        assert_eq!(Reference::parse(&text), Ok(r));
+        for (at, with) in [(0, b'x'), (16, b'/'), (20, b'A'), (48, b'.'), (49, b'f'), (52, b'-')] {
+            let mut bad = text.clone();
+            bad[at] = with;
+            assert_eq!(Reference::parse(&bad), Err(Damage::SymlinkAuth), "{at}");
+        }
+        assert_eq!(Reference::parse(&text[..52]), Err(Damage::SymlinkAuth));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(text in prop::collection::vec(any::<u8>(), 0..200)) {
+            let k = key();
+            prop_assert!(k.open_text(&text).is_err());
+            prop_assert!(k.open_sealed(&text).is_err());
+            prop_assert!(Reference::parse(&text).is_err());
+        }
+
+        #[test]
+        fn targets_are_authenticated(target in prop::collection::vec(1u8.., 1..100), at in any::<prop::sample::Index>(), bit in 0..8) {
+            let k = key();
+            let SealedTarget::Inline(text) = k.seal(&target) else { panic!("short") };
+            let mut bytes = BASE64URL.decode(&text).unwrap();
+            let i = at.index(bytes.len());
+            bytes[i] ^= 1u8 << bit;
+            prop_assert_eq!(k.open_sealed(&bytes), Err(Damage::SymlinkAuth));
+            prop_assert_eq!(k.open_text(&text).unwrap(), target);
+        }
+    }
+}

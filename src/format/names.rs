@@ -210,3 +210,129 @@ fn nonce(dir: &DirId) -> Nonce {
     n.copy_from_slice(&dir.as_bytes()[..NONCE_LEN]);
     n
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn keys() -> NameKeys {
+        NameKeys::new(&StoreSecret::from_secret(Secret32::build(|k| k.fill(7))))
+    }
+
+    const D: DirId = DirId([9; 16]);
+
+    fn decode(k: &NameKeys, dir: &DirId, e: &Encoded) -> Result<Vec<u8>, Damage> {
+        match e {
+            Encoded::Short(t) => k.decode(dir, t),
+            Encoded::Long { content, text, .. } => k.decode_long(dir, content, text),
+        }
+    }
+
+    #[test]
+    fn names_of_up_to_175_bytes_are_short() {
+        let k = keys();
+        for len in 1..=NAME_MAX {
+            let name = vec![b'x'; len];
+            let e = k.encode(&D, &name);
+            assert_eq!(matches!(e, Encoded::Short(_)), len <= 175, "{len}");
+            assert!(
+                e.content().len() <= NAME_MAX && e.sidecar().is_none_or(|(s, t)| s.len() < 255 && t.len() <= TEXT_MAX)
+            );
+            assert_eq!(decode(&k, &D, &e).unwrap(), name);
+            assert_eq!(classify(e.content()), if len <= 175 { Listed::Short } else { Listed::Long });
+            if let Some((s, _)) = e.sidecar() {
+                assert_eq!(classify(s), Listed::Sidecar);
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_a_name() {
+        for bad in [&b""[..], b".", b"..", b"a/b", b"a\0", &[0]] {
+            assert_eq!(check(bad), Err(NameFault::Invalid), "{bad:?}");
+        }
+        assert_eq!(check(&[b'a'; 256]), Err(NameFault::TooLong));
+        for good in [&b"..."[..], b"a", b".a", &[0xff; 255], b".envelopefs"] {
+            assert_eq!(check(good), Ok(()), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn a_sealed_name_that_is_none_is_refused() {
+        let k = keys();
+        for bad in [&b""[..], b"..", b"a/b", &[b'a'; 256]] {
+            let mut sealed = bad.to_vec();
+            let tag = GcmSiv::seal(&k.names, &nonce(&D), D.as_bytes(), &mut sealed);
+            sealed.extend_from_slice(&tag);
+            assert_eq!(k.decode(&D, BASE64URL.encode(&sealed).as_bytes()), Err(Damage::NameAuth));
+        }
+    }
+
+    #[test]
+    fn a_text_has_one_spelling() {
+        let k = keys();
+        let Encoded::Short(text) = k.encode(&D, b"abc") else { panic!() };
+        // 19 bytes leave two bits of the last character unused.
+        let mut other = text.clone();
+        let last = other.last_mut().unwrap();
+        *last = *b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+            .iter()
+            .find(|c| **c != *last && BASE64URL.decode([&text[..text.len() - 1], &[**c]].concat()).is_err())
+            .unwrap();
+        assert_eq!(k.decode(&D, &other), Err(Damage::NameAuth));
+        assert_eq!(k.decode(&D, &[&text[..], b"="].concat()), Err(Damage::NameAuth));
+    }
+
+    #[test]
+    fn reserved_names_are_sorted() {
+        assert_eq!(classify(b".envelopefs.dir"), Listed::DirId);
+        assert_eq!(classify(b".envelopefs"), Listed::Reserved);
+        assert_eq!(classify(b".envelopefs.long.short"), Listed::Reserved);
+        assert_eq!(classify(b".envelopefs.new.00"), Listed::Unfinished);
+        assert_eq!(classify(b".envelope"), Listed::Short);
+    }
+
+    #[test]
+    fn directory_ids_are_authenticated() {
+        let k = keys();
+        let sealed = k.seal_dir_id(&D);
+        assert_eq!(sealed.len(), SEALED_DIR_ID_LEN);
+        assert_eq!(k.open_dir_id(&sealed), Ok(D));
+        for i in 0..sealed.len() {
+            let mut bad = sealed.clone();
+            bad[i] ^= 1;
+            assert_eq!(k.open_dir_id(&bad), Err(Damage::DirIdAuth), "byte {i}");
+            assert_eq!(k.open_dir_id(&sealed[..i]), Err(Damage::DirIdAuth), "length {i}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_name_comes_back_and_only_where_it_was(
+            a in prop::collection::vec(any::<u8>().prop_filter("legal", |c| *c != 0 && *c != b'/'), 1..=255),
+            b in prop::collection::vec(any::<u8>().prop_filter("legal", |c| *c != 0 && *c != b'/'), 1..=255),
+        ) {
+            prop_assume!(check(&a).is_ok() && check(&b).is_ok());
+            let k = keys();
+            let (ea, eb) = (k.encode(&D, &a), k.encode(&D, &b));
+            prop_assert_eq!(&ea, &k.encode(&D, &a));
+            prop_assert_eq!(ea.content() == eb.content(), a == b);
+            prop_assert_eq!(decode(&k, &D, &ea), Ok(a.clone()));
+            let other = DirId([8; 16]);
+            prop_assert!(decode(&k, &other, &ea).is_err());
+            prop_assert!(k.encode(&other, &a) != ea);
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(text in prop::collection::vec(any::<u8>(), 0..600)) {
+            let k = keys();
+            prop_assert!(k.decode(&D, &text).is_err());
+            prop_assert!(k.decode_long(&D, &text, &text).is_err());
+            prop_assert!(k.open_dir_id(&text).is_err());
+            let _ = classify(&text);
+            let b64 = BASE64URL.encode(&text).into_bytes();
+            prop_assert!(k.decode(&D, &b64).is_err());
+        }
+    }
+}

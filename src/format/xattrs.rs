@@ -140,3 +140,83 @@ impl XattrKeys {
         Ok((Some(name.to_vec()), value.to_vec()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn keys() -> XattrKeys {
+        XattrKeys::new(&StoreSecret::from_secret(Secret32::build(|k| k.fill(7))))
+    }
+
+    fn sealed(k: &XattrKeys, name: &[u8]) -> (Vec<u8>, bool) {
+        match k.encode_name(name) {
+            XattrName::Sealed { backing, long } => (backing, long),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn namespaces() {
+        let k = keys();
+        for name in CLEAR {
+            assert_eq!(k.encode_name(name), XattrName::Clear);
+            assert_eq!(k.decode_name(name), FoundXattr::Plain(name.to_vec()));
+        }
+        for name in [&b"user."[..], b"", b"system.nfs4_acl", b"com.apple.x", b"user"] {
+            assert_eq!(k.encode_name(name), XattrName::Unsupported);
+        }
+        for name in [&b"user.foo"[..], b"security.selinux", b"user.envelopefs.AAAA", b"user.envelopefs."] {
+            assert_eq!(k.decode_name(name), FoundXattr::Foreign);
+        }
+    }
+
+    #[test]
+    fn an_attribute_stays_in_its_namespace_and_under_its_name() {
+        let k = keys();
+        let (user, _) = sealed(&k, b"user.a");
+        let moved = [b"trusted.", user.strip_prefix(b"user.").unwrap()].concat();
+        assert_eq!(k.decode_name(&moved), FoundXattr::Foreign);
+        let value = k.seal_value(&user, false, b"user.a", b"v");
+        assert_eq!(k.open_value(&user, false, &value), Ok((None, b"v".to_vec())));
+        let (other, _) = sealed(&k, b"user.b");
+        assert_eq!(k.open_value(&other, false, &value), Err(Damage::XattrAuth));
+        assert_eq!(k.open_value(&user, false, &value[..27]), Err(Damage::XattrAuth));
+    }
+
+    proptest! {
+        #[test]
+        fn every_name_and_value_comes_back(
+            ns in prop::sample::select(NAMESPACES.to_vec()),
+            rest in prop::collection::vec(1u8.., 1..=244),
+            value in prop::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let k = keys();
+            let name = [ns, &rest[..]].concat();
+            let (backing, long) = sealed(&k, &name);
+            prop_assert!(backing.len() <= XATTR_NAME_MAX && backing.starts_with(ns));
+            let v = k.seal_value(&backing, long, &name, &value);
+            let (inside, plain) = k.open_value(&backing, long, &v).unwrap();
+            prop_assert_eq!(plain, value);
+            match k.decode_name(&backing) {
+                FoundXattr::Plain(n) => prop_assert!(!long && n == name && inside.is_none()),
+                FoundXattr::InValue => prop_assert!(long && inside == Some(name)),
+                FoundXattr::Foreign => prop_assert!(false),
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let k = keys();
+            for long in [false, true] {
+                prop_assert!(k.open_value(b"user.envelopefs.x", long, &bytes).is_err());
+            }
+            let text = BASE64URL.encode(&bytes);
+            prop_assert_eq!(k.decode_name(&[b"user.envelopefs.", text.as_bytes()].concat()), FoundXattr::Foreign);
+            // A value that carries nonsense under a good seal.
+            let v = GcmSiv::seal_random(&k.values, b"n", &bytes);
+            prop_assert_eq!(k.open_value(b"n", true, &v), Err(Damage::XattrAuth));
+        }
+    }
+}

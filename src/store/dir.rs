@@ -247,7 +247,7 @@ impl<B: Backing> Store<B> {
         // A power cut or a full disk left an empty or torn one.
         b.unlink(dir, sidecar).map_err(kernel)?;
         write_small(b, dir, sidecar, text).map_err(kernel)?;
-        Ok(true)
+        Ok(false)
     }
 
     /// Removes a long name's sidecar. One that stays behind is harmless.

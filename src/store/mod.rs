@@ -16,6 +16,8 @@ mod pool;
 mod rename;
 pub mod shared;
 pub mod symlink;
+#[cfg(test)]
+mod tests;
 mod unsynced;
 pub mod walk;
 pub mod xattr;

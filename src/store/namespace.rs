@@ -31,6 +31,11 @@ pub(super) struct Leaving<B: Backing> {
 }
 
 impl<B: Backing> Leaving<B> {
+    /// The live node, if there is one.
+    pub(super) fn node(&self) -> Option<&Arc<Node<B>>> {
+        self.node.as_ref().map(|(n, _)| n)
+    }
+
     /// The node, for an entry that did not go after all.
     pub(super) fn into_node(self) -> Option<(Arc<Node<B>>, Arc<B::Node>)> {
         self.node
@@ -121,7 +126,8 @@ impl<B: Backing> Store<B> {
         let dir_fd = dir.fd(b)?;
         let new_sidecar = self.put_sidecar(&dir_fd, &name)?;
         let undo = |e| {
-            if new_sidecar {
+            // If something has the name already, the sidecar that was missing is its own.
+            if new_sidecar && !matches!(e, StoreError::Exists) {
                 self.drop_sidecar(&dir_fd, &name);
             }
             e

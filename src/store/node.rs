@@ -49,7 +49,8 @@ impl<B: Backing> Clone for Location<B> {
 }
 
 impl<B: Backing> Location<B> {
-    fn is(&self, parent: &Node<B>, name: &[u8]) -> bool {
+    /// Whether it is this name.
+    pub fn is(&self, parent: &Node<B>, name: &[u8]) -> bool {
         self.parent.id == parent.id && *self.name == *name
     }
 }

@@ -5,7 +5,8 @@ use super::error::{Result, StoreError};
 use super::namespace::Leaving;
 use super::node::{Location, Node};
 use super::open::{Store, is, kernel};
-use crate::backing::{Backing, Kind, RenameMode, Stat};
+use super::unsynced::Need;
+use crate::backing::{Access, Backing, Kind, RenameMode, Stat};
 use crate::format::names::Encoded;
 use std::io;
 use std::sync::Arc;
@@ -104,12 +105,16 @@ impl<B: Backing> Store<B> {
             (_, Some(st)) => Some(self.leaving(&dst.fd, dst.name.content(), st)?),
         };
         let new_sidecar = self.put_sidecar(&dst.fd, &dst.name)?;
-        let done = match &plan {
+        let ready = self.sync_sidecar(mover.as_ref(), src, dst).and_then(|()| match (mode, &leaving) {
+            (RenameMode::Exchange, Some(l)) => self.sync_sidecar(l.node(), dst, src),
+            _ => Ok(()),
+        });
+        let done = ready.and_then(|()| match &plan {
             Plan::OverEmptyDir(leftovers) => self.replace_empty_dir(src, dst, target, leftovers),
             _ => self.rename_call(src, dst, mode).map_err(kernel),
-        };
+        });
         done.inspect_err(|_| {
-            if new_sidecar {
+            if new_sidecar && dst.st.is_none() {
                 self.drop_sidecar(&dst.fd, &dst.name);
             }
         })?;
@@ -146,6 +151,19 @@ impl<B: Backing> Store<B> {
             },
             _ => Ok(Plan::Simple),
         }
+    }
+
+    /// Makes the sidecar of a long name durable before something that is durable already goes by that name: after a
+    /// power cut it would otherwise be in no listing, under neither name. What is new pays nothing here, fsync does it.
+    fn sync_sidecar(&self, moving: Option<&Arc<Node<B>>>, from: &End<'_, B>, to: &End<'_, B>) -> Result<()> {
+        let Some((sidecar, _)) = to.name.sidecar() else { return Ok(()) };
+        let at = moving.and_then(|n| n.location()).filter(|l| l.is(from.dir, from.name.content()));
+        if at.is_some_and(|l| self.unsynced.need(from.dir.key(), l.made) != Need::Nothing) {
+            return Ok(());
+        }
+        let b = self.backing();
+        let file = b.lookup(&to.fd, sidecar).and_then(|n| b.open(&n, Access::Read)).map_err(kernel)?;
+        Ok(b.sync_file(&file)?)
     }
 
     /// rename(2), and RENAME_NOREPLACE also where the backing file system has none: the store has one writer, and the

@@ -14,6 +14,7 @@ import binascii
 import hashlib
 import hmac
 import os
+import re
 import stat
 import struct
 import sys
@@ -463,7 +464,7 @@ def parse_state(key, file, segment, copy):
     if segment == 0:
         length, flags = struct.unpack("<QI", body[896:908])
         reserved = body[908:]
-    if any(reserved) or flags & ~7 or length > 1 << 62 or (flags & CLEAN and flags & TRUNCATING):
+    if any(reserved) or flags & ~7 or length > 1 << 62:
         raise Damage("malformed", f"state of segment {segment}")
     return State(sequence, entries, length, flags)
 
@@ -617,6 +618,7 @@ class File:
 
 RESERVED = b".envelopefs"
 LONG = b".envelopefs.long."
+LINK_REFERENCE = re.compile(b"envelopefs-link:[0-9a-f]{32}:[0-9a-f]{4}")
 
 
 def check_name(name):
@@ -693,21 +695,18 @@ class Store:
 
     def readlink(self, path):
         text = os.readlink(path)
-        if len(text) == 53:
-            sealed = self._long_target(text)
-        else:
-            sealed = b64decode(text)
+        sealed = self._target_apart(text) if LINK_REFERENCE.fullmatch(text) else b64decode(text)
+        return self.open_target(sealed, path)
+
+    def open_target(self, sealed, where):
         target = unseal(self.link_key, b"", sealed) if sealed is not None else None
         if not target or len(target) > 4095 or b"\0" in target:
-            raise Damage("symlink-auth", os.fsdecode(path))
+            raise Damage("symlink-auth", os.fsdecode(where))
         return target
 
-    def _long_target(self, text):
-        digits = text[16:48]
-        if text[:16] != b"envelopefs-link:" or any(c not in b"0123456789abcdef" for c in digits):
-            return None
+    def _target_apart(self, text):
         try:
-            with open(os.path.join(self.backing, RESERVED, b"links", digits), "rb") as f:
+            with open(os.path.join(self.backing, RESERVED, b"links", text[16:48]), "rb") as f:
                 return f.read(8192)
         except FileNotFoundError:
             return None

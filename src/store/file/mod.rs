@@ -15,6 +15,8 @@ mod load;
 mod resize;
 mod segment;
 mod settle;
+#[cfg(test)]
+mod tests;
 
 pub use resize::FileAllocate;
 pub use settle::SettleQueue;

@@ -556,7 +556,7 @@ impl Backing for SimDisk {
         if mode == Allocate::PunchHole {
             (meta.mtime, meta.ctime) = (now, now);
             // The page that the file ends in goes as a whole.
-            let end = end.min(meta.size.next_multiple_of(PAGE_LEN as u64));
+            let end = if end > meta.size { meta.size.next_multiple_of(PAGE_LEN as u64) } else { end };
             let seq = state.put(ino)?;
             return state.with_content(ino, |content| content.cut(offset, end, seq));
         }

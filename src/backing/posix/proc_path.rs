@@ -1,6 +1,7 @@
 //! `/proc/self/fd/N`: the inode behind an `O_PATH` descriptor, for calls that want a path.
 //!
 //! Following this link ends at the inode itself, whatever it is: a symbolic link there is not followed further.
+//! (`setxattrat(2)` and its like take `AT_EMPTY_PATH`, but answer `EBADF` to an `O_PATH` descriptor.)
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd};

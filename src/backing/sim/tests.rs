@@ -347,3 +347,15 @@ fn a_default_acl_takes_the_place_of_the_umask() {
     assert_eq!(disk.stat(&dir).unwrap().mode, 0o777);
     assert_eq!(disk.get_xattr(&dir, b"system.posix_acl_default").unwrap(), b"acl");
 }
+
+#[test]
+fn a_hole_across_the_end_takes_the_last_page_whole() {
+    let (disk, _) = disk(Journal::Ordered);
+    let file = make(&disk, b"f", &[]);
+    disk.write_at(&file, &[1; 16], 4 * 4096).unwrap();
+    disk.allocate(&file, Allocate::PunchHole, 3 * 4096, 4096 + 10).unwrap();
+    assert_eq!(disk.next_data(&file, 0).unwrap(), Some(4 * 4096));
+    disk.allocate(&file, Allocate::PunchHole, 3 * 4096, 4096 + 20).unwrap();
+    assert_eq!((disk.next_data(&file, 0).unwrap(), disk.stat_file(&file).unwrap().blocks), (None, 0));
+    assert_eq!(disk.read_raw("f").unwrap(), vec![0; 4 * 4096 + 16]);
+}

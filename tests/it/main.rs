@@ -1,4 +1,5 @@
 //! Integration tests, in one binary so that they link once. The names of the modules say what is tested.
 
 mod mount;
+mod store_model;
 mod vectors;

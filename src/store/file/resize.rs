@@ -248,7 +248,7 @@ impl<B: Backing> FileCore<B> {
         inner.changes += 1;
         self.barrier_if_promised(inner)?;
         inner.unclean_durable = inner.promised;
-        let r = self.reseal_last(inner, &keys, len).and_then(|()| self.cut(inner, &keys, len));
+        let r = self.reseal_last(inner, &keys, len, false).and_then(|()| self.cut(inner, &keys, len));
         if r.is_err() {
             // The begun shrink stands in the state: read everything anew, as after a crash, on the next use.
             self.segments.clear();
@@ -266,8 +266,9 @@ impl<B: Backing> FileCore<B> {
         Ok(())
     }
 
-    /// Seals the block that will be last at its new length, and makes holes of those behind it.
-    fn reseal_last(&self, inner: &Inner<B>, keys: &FileKeys, len: u64) -> Result<()> {
+    /// Seals the block that will be last at its new length, unless that was `done` before a crash, and makes holes of
+    /// those behind it.
+    fn reseal_last(&self, inner: &Inner<B>, keys: &FileKeys, len: u64, done: bool) -> Result<()> {
         let block = (len - 1) / PAGE;
         let segment = geometry::segment_of(block);
         self.with_segment_mut(inner, keys, segment, |l| {
@@ -278,7 +279,8 @@ impl<B: Backing> FileCore<B> {
             let index = (block - first) as usize;
             let mut data = [0u8; BLOCK];
             let data = &mut data[..geometry::block_len(block, len)];
-            let reseal = data.len() < geometry::block_len(block, inner.size) && !l.state.entry(index).is_hole();
+            let shorter = data.len() < geometry::block_len(block, inner.size);
+            let reseal = !done && shorter && !l.state.entry(index).is_hole();
             if reseal {
                 self.read_blocks_of_old(inner, keys, l, block, data)?;
                 seal_blocks(keys, l, SegmentRange { segment, first: block, end: block + 1 }, data);
@@ -337,9 +339,7 @@ impl<B: Backing> FileCore<B> {
         }
         tracing::info!(file = %keys.file, "finishing a truncation to {len} bytes that was interrupted");
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
-        if !resealed {
-            self.reseal_last(inner, keys, len)?;
-        }
+        self.reseal_last(inner, keys, len, resealed)?;
         self.barrier_if_promised(inner)?;
         self.cut(inner, keys, len)
     }

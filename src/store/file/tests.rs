@@ -458,3 +458,22 @@ fn a_damaged_block_fails_alone() {
         assert_eq!(buf[..], data[(b * PAGE) as usize..][..4096]);
     }
 }
+
+/// A shrink that a crash interrupted left the entries of the blocks it cut off in place when the new last block was a
+/// hole; growing again then found them.
+#[test]
+fn finishing_a_shrink_onto_a_hole_forgets_what_was_cut_off() {
+    let disk = new_disk();
+    let mut rig = Rig::new(&disk).unwrap();
+    rig.run(&Op::Write { at: 655_359, len: 2, fill: 0 }).unwrap();
+    rig.run(&Op::Write { at: 8192, len: 1, fill: 0 }).unwrap();
+    disk.stop_after(1);
+    rig.run(&Op::SetLen(1)).unwrap_err();
+    drop(rig);
+    let dead = disk.crash_process();
+    let rig = Rig::new(&dead).unwrap();
+    assert_eq!(rig.open().len(), 1);
+    let keys = rig.core.inner.read().keys.clone().unwrap();
+    let left = rig.core.with_segment(&rig.core.inner.read(), &keys, 0, |l| Ok(l.state.entry(2).is_hole())).unwrap();
+    assert!(left, "block 2 lies behind the end and must be a hole");
+}

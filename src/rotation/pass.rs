@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 pub(super) const BATCH: usize = 256;
 /// How often the calling thread looks up.
 const TICK: Duration = Duration::from_millis(200);
+/// The folder of directories on their way in and out, in the store's own.
+const POOL: &[u8] = b"pool";
 /// What a fresh ext file system holds.
 const LOST_AND_FOUND: &[u8] = b"lost+found";
 /// Stands for the path of what was renamed while the walk was under way.
@@ -248,7 +250,10 @@ impl<B: Backing> Pass<'_, B> {
         walker.walked_any |= whole;
         match start {
             Start::After(cursor) => match Walk::after(self.backing, &cursor) {
-                Ok(w) => stack.push(w),
+                Ok(w) => {
+                    stack.push(w);
+                    stack.extend(self.pool_walk());
+                }
                 Err(e) => self.failures.add("/".to_owned(), &e.into()),
             },
             Start::At(nodes) => todo.extend(nodes),
@@ -276,6 +281,20 @@ impl<B: Backing> Pass<'_, B> {
         }
         self.flush(walker, send, 1)?;
         Ok(())
+    }
+
+    /// Directories on their way out lie in the store's own folder; one that a crash left there may hold files.
+    fn pool_walk(&self) -> Option<Walk<'_, B>> {
+        let b = self.backing;
+        let pool = b.root().and_then(|r| b.lookup(&r, names::STORE_DIR)).and_then(|own| b.lookup(&own, POOL));
+        match pool {
+            Ok(node) => Some(Walk::below(b, Arc::new(node), [names::STORE_DIR, b"/", POOL].concat())),
+            Err(e) if is_gone(&e) => None,
+            Err(e) => {
+                self.failures.add(".envelopefs/pool".to_owned(), &e.into());
+                None
+            }
+        }
     }
 
     /// Sends the batch if it has at least `full` files; says whether it did.

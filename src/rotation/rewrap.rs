@@ -14,7 +14,7 @@ use crate::format::header::{Slot, SlotPair};
 use crate::format::ids::{KekId, StoreId};
 use crate::store::Result;
 use crate::store::StoreError;
-use crate::store::header::{SLOTS_LEN, read_slots, unwrap_slot, wrap_slot};
+use crate::store::header::{SLOTS_LEN, is_unborn, read_slots, unwrap_slot, wrap_slot};
 use crate::store::keys::KekHandle;
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
@@ -132,7 +132,7 @@ pub(super) fn first_half<B: Backing>(shared: &Shared<B>, target: &KekHandle, ite
         Look::Gone => return Ok(First::Gone),
     };
     for _ in 0..TRIES {
-        let Some((pair, old)) = read_slots(&shared.backing, &file)? else { return Ok(First::Empty) };
+        let Some((pair, old)) = read_header(&shared.backing, &file)? else { return Ok(First::Empty) };
         if item.reserved && !is_header(&pair) {
             return Ok(First::Gone);
         }
@@ -156,6 +156,24 @@ pub(super) fn first_half<B: Backing>(shared: &Shared<B>, target: &KekHandle, ite
         return Ok(First::Half(Box::new(half)));
     }
     Err(busy())
+}
+
+/// Both slots of a file with content, as far as it has any: of a new file whose first page never reached the disk
+/// there is nothing to move.
+///
+/// # Errors
+/// As [`read_slots`], and what is wrong with both slots.
+pub(super) fn read_header<B: Backing>(b: &B, file: &B::File) -> Result<Option<(SlotPair, Slots)>> {
+    let read = read_slots(b, file);
+    let damage = match &read {
+        Ok(Some((pair, _))) => pair.authoritative().err(),
+        Err(StoreError::Damage(d)) => Some(d.clone()),
+        _ => None,
+    };
+    match damage {
+        Some(d) if is_unborn(b.stat_file(file)?.size, &d) => Ok(None),
+        _ => read,
+    }
 }
 
 /// Whether either slot is at least one of this program's, of whatever version.

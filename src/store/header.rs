@@ -36,6 +36,13 @@ pub fn read_slots<B: Backing>(b: &B, file: &B::File) -> Result<Option<(SlotPair,
     Ok(Some((pair, bytes)))
 }
 
+/// Whether a file of `size` backing bytes with this damage to its header is a new one whose first page never reached
+/// the disk: it has no content, so nothing is lost, and its next writer starts it afresh.
+pub fn is_unborn(size: u64, d: &Damage) -> bool {
+    crate::format::geometry::plain_size(size) == 0
+        && matches!(d, Damage::HeaderMagic | Damage::HeaderUnreadable | Damage::HeaderShort)
+}
+
 /// The DEK of a header, proven to be it: commitment and MAC are checked also when it comes from the cache.
 ///
 /// The slot with the higher sequence counts. If it does not open, an intact other slot is used and a warning logged:

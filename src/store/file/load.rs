@@ -69,7 +69,7 @@ impl<B: Backing> FileCore<B> {
         let pair = SlotPair::decode(page.get(..n).unwrap_or_default());
         let (dek, slot) = match pair.map_err(StoreError::from).and_then(|p| header::open_dek(&self.shared, &p)) {
             Ok(found) => found,
-            Err(StoreError::Damage(d)) if inner.size == 0 && unborn(&d) => {
+            Err(StoreError::Damage(d)) if header::is_unborn(st.size, &d) => {
                 // A new file whose first page never reached the disk: no content, so nothing is lost. The first write
                 // starts it afresh.
                 inner.file = Some(file);
@@ -116,11 +116,6 @@ impl<B: Backing> FileCore<B> {
     pub(super) fn put_segment0(&self, loaded: Loaded) {
         *self.segments.get(0).write() = Some(loaded);
     }
-}
-
-/// Whether a header's damage is what the loss of a never-synced first page looks like.
-fn unborn(d: &Damage) -> bool {
-    matches!(d, Damage::HeaderMagic | Damage::HeaderUnreadable | Damage::HeaderShort)
 }
 
 #[cfg(test)]

@@ -68,6 +68,9 @@ impl<B: Backing> EnvelopeFs<B> {
             inode.privileges.change();
         }
         let attr = attr?;
+        if set.mtime != SetTime::Omit {
+            inode.kernels_mtime.set(attr.mtime);
+        }
         if set.size.is_some() || set.uid.is_some() || set.gid.is_some() {
             self.drop_capability(&inode, attr.kind)?;
         }

@@ -1,14 +1,15 @@
 //! Open files.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::attr::Change;
 use super::caller::Caller;
 use super::inode::Inode;
-use super::{EnvelopeFs, Found, StoreError, os};
-use crate::backing::{Access, Backing};
-use crate::store::Result;
+use super::{EnvelopeFs, Found, Report, StoreError, failed, os};
+use crate::backing::{Access, Backing, SetTime};
 use crate::store::file::{FileAllocate, OpenFile};
+use crate::store::{Result, SetAttr};
 
 /// Most that one copy request moves: a request that takes long holds up a thread that others wait for.
 const COPY_MAX: u64 = 16 << 20;
@@ -21,6 +22,13 @@ pub(super) struct Handle<B: Backing> {
 }
 
 impl<B: Backing> Handle<B> {
+    fn new(inode: Arc<Inode<B>>, file: OpenFile<B>, access: Access) -> Self {
+        if access == Access::ReadWrite {
+            inode.writers.fetch_add(1, Ordering::AcqRel);
+        }
+        Self { inode, file, access }
+    }
+
     pub(super) fn is_writable(&self) -> bool {
         self.access == Access::ReadWrite
     }
@@ -43,7 +51,7 @@ impl<B: Backing> EnvelopeFs<B> {
         let (node, attr, file) = self.store.create(&dir.node, name, mode & 0o7777, umask, self.owner(caller))?;
         let found = self.enter(node, attr);
         let inode = self.inode(found.node)?;
-        let handle = self.handles.insert(Handle { inode, file, access: Access::ReadWrite });
+        let handle = self.handles.insert(Handle::new(inode, file, Access::ReadWrite));
         Ok((found, handle))
     }
 
@@ -55,7 +63,7 @@ impl<B: Backing> EnvelopeFs<B> {
         let inode = self.inode(node)?;
         let access = access_of(flags);
         let file = self.store.open_file(&inode.node, access)?;
-        let handle = self.handles.insert(Handle { inode, file, access });
+        let handle = self.handles.insert(Handle::new(inode, file, access));
         if flags & libc::O_TRUNC != 0 {
             let empty = Change { size: Some(0), handle: Some(handle), ..Change::NONE };
             if let Err(e) = self.set_attr(caller, node, &empty) {
@@ -68,7 +76,20 @@ impl<B: Backing> EnvelopeFs<B> {
 
     /// Closes an open file.
     pub fn release(&self, handle: u64) {
-        drop(self.handles.remove(handle));
+        let Some(handle) = self.handles.remove(handle) else { return };
+        let was_last_writer = handle.is_writable() && handle.inode.writers.fetch_sub(1, Ordering::AcqRel) == 1;
+        if was_last_writer && self.settings.kernel_keeps_mtime {
+            self.catch_up_mtime(&handle);
+        }
+    }
+
+    /// Gives the backing file the mtime that the kernel shows.
+    fn catch_up_mtime(&self, handle: &Handle<B>) {
+        let Some(mtime) = handle.inode.kernels_mtime.left_behind() else { return };
+        let set = SetAttr { mtime: SetTime::At(mtime), ..SetAttr::default() };
+        if let Err(e) = self.store.setattr(&handle.inode.node, &set, Some(&handle.file)) {
+            failed(Report { operation: "release", node: handle.inode.id, file: None }, &e);
+        }
     }
 
     /// Reads into `buf`; less than its length only at the end of the file.
@@ -86,6 +107,7 @@ impl<B: Backing> EnvelopeFs<B> {
     pub fn write(&self, handle: u64, offset: u64, data: &[u8], kill: bool) -> Result<usize> {
         let handle = self.writable(handle)?;
         self.before_change(&handle.inode, kill)?;
+        handle.inode.kernels_mtime.content_written();
         handle.file.write(offset, data)
     }
 
@@ -114,6 +136,11 @@ impl<B: Backing> EnvelopeFs<B> {
     /// `NoSuchOffset`; those of the store.
     pub fn seek(&self, handle: u64, offset: u64, data: bool) -> Result<u64> {
         self.handle(handle)?.file.seek(offset, data)
+    }
+
+    /// Whether somebody has the file of this handle open for writing, so that its newest content may still be on its way.
+    pub fn is_being_written(&self, handle: u64) -> bool {
+        self.handles.get(handle).is_some_and(|h| h.inode.writers.load(Ordering::Acquire) > 0)
     }
 
     /// copy_file_range(2) through `buf`: copies some of the range and says how much.

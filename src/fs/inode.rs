@@ -5,11 +5,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
-use crate::backing::Backing;
+use crate::backing::{Backing, Timestamp};
 use crate::store::Node;
 
 /// The root directory's id.
@@ -22,6 +22,43 @@ pub(super) struct Inode<B: Backing> {
     pub id: u64,
     pub node: Arc<Node<B>>,
     pub privileges: Privileges,
+    /// Handles open for writing.
+    pub writers: AtomicU32,
+    pub kernels_mtime: KernelsMtime,
+}
+
+impl<B: Backing> Inode<B> {
+    fn new(id: u64, node: Arc<Node<B>>, mtime: Timestamp) -> Arc<Self> {
+        let kernels_mtime = KernelsMtime { time: Mutex::new(mtime), written: AtomicBool::new(false) };
+        Arc::new(Self { id, node, privileges: Privileges::unknown(), writers: AtomicU32::new(0), kernels_mtime })
+    }
+}
+
+/// The mtime of a regular file as the kernel has it, which with the writeback cache is the true one: it begins with what
+/// we said when the kernel met the inode, and the kernel tells us when it changes. A write that falls into the same tick
+/// of its clock changes nothing for the kernel, so nobody is told, while the backing file's mtime moves on; then what
+/// `stat` showed before would not be what it shows after a remount. Hence this.
+pub(super) struct KernelsMtime {
+    time: Mutex<Timestamp>,
+    /// Content has been written since the kernel last said the time.
+    written: AtomicBool,
+}
+
+impl KernelsMtime {
+    /// The kernel has said the time.
+    pub(super) fn set(&self, time: Timestamp) {
+        *self.time.lock() = time;
+        self.written.store(false, Ordering::Release);
+    }
+
+    pub(super) fn content_written(&self) {
+        self.written.store(true, Ordering::Release);
+    }
+
+    /// The time to set on the backing file when nobody writes it any more, if it has moved on there.
+    pub(super) fn left_behind(&self) -> Option<Timestamp> {
+        self.written.swap(false, Ordering::AcqRel).then(|| *self.time.lock())
+    }
 }
 
 /// Ids to inodes, with lookup counts.
@@ -39,7 +76,7 @@ impl<B: Backing> Inodes<B> {
     /// Knows the root, which is never forgotten.
     pub(super) fn new(root: Arc<Node<B>>) -> Self {
         let device = root.key().0;
-        let inode = Arc::new(Inode { id: ROOT, node: root, privileges: Privileges::unknown() });
+        let inode = Inode::new(ROOT, root, Timestamp::default());
         let known = Known { inode, lookups: AtomicU64::new(1) };
         Self { map: RwLock::new(HashMap::from([(ROOT, known)])), device }
     }
@@ -58,8 +95,8 @@ impl<B: Backing> Inodes<B> {
         Some(self.map.read().get(&id)?.inode.clone())
     }
 
-    /// One more lookup of `node`.
-    pub(super) fn enter(&self, node: Arc<Node<B>>) -> Arc<Inode<B>> {
+    /// One more lookup of `node`, whose mtime is `mtime`.
+    pub(super) fn enter(&self, node: Arc<Node<B>>, mtime: Timestamp) -> Arc<Inode<B>> {
         let id = self.id_of(&node);
         if let Some(known) = self.map.read().get(&id) {
             // Under the lock, so that forget, which removes under the exclusive one, sees it.
@@ -67,10 +104,8 @@ impl<B: Backing> Inodes<B> {
             return known.inode.clone();
         }
         let mut map = self.map.write();
-        let known = map.entry(id).or_insert_with(|| Known {
-            inode: Arc::new(Inode { id, node, privileges: Privileges::unknown() }),
-            lookups: AtomicU64::new(0),
-        });
+        let known =
+            map.entry(id).or_insert_with(|| Known { inode: Inode::new(id, node, mtime), lookups: AtomicU64::new(0) });
         known.lookups.fetch_add(1, Ordering::Relaxed);
         known.inode.clone()
     }

@@ -40,8 +40,16 @@ pub struct EnvelopeFs<B: Backing> {
     inodes: Inodes<B>,
     handles: Slab<Handle<B>>,
     snapshots: Snapshots,
-    /// New inodes are given to the caller; only root can.
-    gives_away: bool,
+    settings: Settings,
+}
+
+/// What the front end and the process allow.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// New inodes are given to the caller; only root can do that.
+    pub gives_away: bool,
+    /// The kernel keeps the mtime of regular files and says when it changes (writeback cache).
+    pub kernel_keeps_mtime: bool,
 }
 
 /// An inode that a name led to. The kernel has one more lookup of [`Found::node`] to forget.
@@ -54,10 +62,10 @@ pub struct Found {
 }
 
 impl<B: Backing> EnvelopeFs<B> {
-    /// `gives_away`: the process is root, so that what a user creates can be made that user's.
-    pub fn new(store: Arc<Store<B>>, gives_away: bool) -> Self {
+    /// The file system over an open store.
+    pub fn new(store: Arc<Store<B>>, settings: Settings) -> Self {
         let inodes = Inodes::new(store.root());
-        Self { store, inodes, handles: Slab::new(), snapshots: Snapshots::new(), gives_away }
+        Self { store, inodes, handles: Slab::new(), snapshots: Snapshots::new(), settings }
     }
 
     /// The store below.

@@ -96,13 +96,13 @@ impl<B: Backing> EnvelopeFs<B> {
     /// Counts one more lookup of `node`.
     pub(super) fn enter(&self, node: Arc<Node<B>>, attr: Attr) -> Found {
         let generation = node.id();
-        let inode = self.inodes.enter(node);
+        let inode = self.inodes.enter(node, attr.mtime);
         Found { node: inode.id, generation, attr }
     }
 
     /// Whom a new inode belongs to; `None` leaves it to the backing directory.
     pub(super) fn owner(&self, caller: &Caller) -> Option<Owner> {
-        self.gives_away.then(|| caller.owner())
+        self.settings.gives_away.then(|| caller.owner())
     }
 }
 

@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -22,6 +23,7 @@ use fuser::{
 use super::convert::{file_attr, file_type, kind_of, rdev, set_time};
 use super::options::MountOptions;
 use super::process;
+use super::seeks::{LateNotifier, Seeks};
 use crate::backing::{Backing, RenameMode, XattrMode};
 use crate::fs::{Answer, Caller, Change, EnvelopeFs, Found, NewNode, PlusItem, Report, failed, panicked};
 use crate::store::StoreError;
@@ -37,16 +39,20 @@ thread_local! {
 
 /// The file system as fuser calls it.
 pub(super) struct Adapter<B: Backing> {
-    fs: EnvelopeFs<B>,
+    fs: Arc<EnvelopeFs<B>>,
     ttl: Duration,
-    writeback: bool,
+    /// With the writeback cache: who waits for dirty pages.
+    seeks: Option<Seeks>,
     max_background: u16,
 }
 
 impl<B: Backing> Adapter<B> {
-    pub(super) fn new(fs: EnvelopeFs<B>, o: &MountOptions) -> Self {
+    /// # Errors
+    /// If a thread cannot be started.
+    pub(super) fn new(fs: EnvelopeFs<B>, o: &MountOptions, notifier: LateNotifier) -> io::Result<Self> {
+        let seeks = if o.writeback { Some(Seeks::start(notifier)?) } else { None };
         let ttl = Duration::from_secs(o.cache_seconds.into());
-        Self { fs, ttl, writeback: o.writeback, max_background: o.max_background }
+        Ok(Self { fs: Arc::new(fs), ttl, seeks, max_background: o.max_background })
     }
 
     /// Runs an operation. Whatever happens in it, the daemon lives on.
@@ -56,7 +62,7 @@ impl<B: Backing> Adapter<B> {
         node: INodeNo,
         f: impl FnOnce() -> Result<R, StoreError>,
     ) -> Result<R, Errno> {
-        self.run_on(operation, node, None, f)
+        run_on(&self.fs, operation, node, None, f)
     }
 
     /// As [`Adapter::run`], on an open file.
@@ -67,14 +73,7 @@ impl<B: Backing> Adapter<B> {
         handle: Option<FileHandle>,
         f: impl FnOnce() -> Result<R, StoreError>,
     ) -> Result<R, Errno> {
-        match catch_unwind(AssertUnwindSafe(f)) {
-            Ok(Ok(r)) => Ok(r),
-            Ok(Err(e)) => {
-                let file = handle.and_then(|h| self.fs.file_id(h.0));
-                Err(Errno::from_i32(failed(Report { operation, node: node.0, file: file.as_deref() }, &e)))
-            }
-            Err(_) => Err(Errno::from_i32(panicked(operation, node.0))),
-        }
+        run_on(&self.fs, operation, node, handle, f)
     }
 
     fn reply_entry(&self, reply: ReplyEntry, found: Result<Found, Errno>) {
@@ -83,6 +82,34 @@ impl<B: Backing> Adapter<B> {
             Err(e) => reply.error(e),
         }
     }
+}
+
+fn run_on<B: Backing, R>(
+    fs: &EnvelopeFs<B>,
+    operation: &'static str,
+    node: INodeNo,
+    handle: Option<FileHandle>,
+    f: impl FnOnce() -> Result<R, StoreError>,
+) -> Result<R, Errno> {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(Ok(r)) => Ok(r),
+        Ok(Err(e)) => {
+            let file = handle.and_then(|h| fs.file_id(h.0));
+            Err(Errno::from_i32(failed(Report { operation, node: node.0, file: file.as_deref() }, &e)))
+        }
+        Err(_) => Err(Errno::from_i32(panicked(operation, node.0))),
+    }
+}
+
+/// `SEEK_DATA` and `SEEK_HOLE`.
+fn seek<B: Backing>(fs: &EnvelopeFs<B>, handle: FileHandle, offset: i64, whence: i32) -> Result<i64, StoreError> {
+    let from = u64::try_from(offset).map_err(|_| StoreError::NoSuchOffset)?;
+    let data = match whence {
+        libc::SEEK_DATA => true,
+        libc::SEEK_HOLE => false,
+        _ => return Err(StoreError::Invalid),
+    };
+    i64::try_from(fs.seek(handle.0, from, data)?).map_err(|_| StoreError::TooLarge)
 }
 
 /// Capabilities that are wanted wherever the kernel has them.
@@ -184,7 +211,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
             // Only the backing directory knows whether a default ACL takes the umask's place.
             let _ = config.add_capabilities(InitFlags::FUSE_DONT_MASK);
         }
-        if self.writeback {
+        if self.seeks.is_some() {
             let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
         }
         // What is out of range is set to the nearest that is not.
@@ -507,19 +534,14 @@ impl<B: Backing> Filesystem for Adapter<B> {
     }
 
     fn lseek(&self, _: &Request, node: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        let found = self.run_on("lseek", node, Some(handle), || {
-            let from = u64::try_from(offset).map_err(|_| StoreError::NoSuchOffset)?;
-            let data = match whence {
-                libc::SEEK_DATA => true,
-                libc::SEEK_HOLE => false,
-                _ => return Err(StoreError::Invalid),
-            };
-            let at = self.fs.seek(handle.0, from, data)?;
-            i64::try_from(at).map_err(|_| StoreError::TooLarge)
-        });
-        match found {
-            Ok(at) => reply.offset(at),
-            Err(e) => reply.error(e),
+        let fs = self.fs.clone();
+        let answer = move || run_on(&fs, "lseek", node, Some(handle), || seek(&fs, handle, offset, whence));
+        match (&self.seeks, u64::try_from(offset)) {
+            (Some(seeks), Ok(from)) if self.fs.is_being_written(handle.0) => seeks.ask(node, from, reply, answer),
+            _ => match answer() {
+                Ok(at) => reply.offset(at),
+                Err(e) => reply.error(e),
+            },
         }
     }
 

@@ -5,6 +5,7 @@ mod convert;
 mod mountpoint;
 mod options;
 mod process;
+mod seeks;
 mod tune;
 
 use std::io;
@@ -15,8 +16,11 @@ use std::thread::JoinHandle;
 use fuser::{Config, Session, SessionACL};
 
 use crate::backing::Backing;
-use crate::fs::EnvelopeFs;
+use crate::fs::{EnvelopeFs, Settings};
 use crate::store::Store;
+
+use adapter::Adapter;
+use seeks::LateNotifier;
 
 pub use options::MountOptions;
 
@@ -89,9 +93,9 @@ pub fn mount<B: Backing>(store: Arc<Store<B>>, o: &MountOptions) -> io::Result<M
     let parsed = options::parse(o)?;
     let at = mountpoint::resolve(&o.mountpoint)?;
     let root = rustix::process::geteuid().is_root();
-    let fs = EnvelopeFs::new(store, root);
+    let fs = EnvelopeFs::new(store, Settings { gives_away: root, kernel_keeps_mtime: o.writeback });
     let device = mountpoint::mount(&at, o, &parsed)?;
-    let session = start(adapter::Adapter::new(fs, o), device, o).and_then(|session| {
+    let session = start(fs, device, o).and_then(|session| {
         // The first answer comes from the threads just started.
         let answered = rustix::fs::stat(&at)?;
         Ok((session, answered))
@@ -119,7 +123,7 @@ pub fn mount<B: Backing>(store: Arc<Store<B>>, o: &MountOptions) -> io::Result<M
 
 /// Answers the kernel's greeting and starts the threads.
 fn start<B: Backing>(
-    adapter: adapter::Adapter<B>,
+    fs: EnvelopeFs<B>,
     device: std::os::fd::OwnedFd,
     o: &MountOptions,
 ) -> io::Result<JoinHandle<io::Result<()>>> {
@@ -127,6 +131,10 @@ fn start<B: Backing>(
     config.n_threads = Some(o.thread_count());
     config.clone_fd = true;
     // The kernel lets nobody through who is not allowed; see `mountpoint` for why fuser must not check again.
+    let notifier = LateNotifier::default();
+    let adapter = Adapter::new(fs, o, notifier.clone())?;
     let session = Session::from_fd(adapter, device, SessionACL::All, config)?;
+    // Set once and here only.
+    let _ = notifier.set(session.notifier());
     std::thread::Builder::new().name("fuse".to_owned()).spawn(move || session.run())
 }

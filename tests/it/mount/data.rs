@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::thread;
 use rustix::fs::FallocateFlags;
 use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap};
 
-use super::support::{Mount, drop_caches, errno, is_root, needs_root, noise, open_rw, sh, skip};
+use super::support::{Mount, drop_caches, errno, needs_root, noise, open_rw, sh};
 
 #[test]
 fn what_is_written_is_read_back_after_a_remount() {
@@ -247,6 +248,29 @@ fn a_sparse_file_of_20_gib_takes_little_space() {
     }
     f.read_exact_at(&mut got, 7 << 30).unwrap();
     assert!(got.iter().all(|b| *b == 0));
+}
+
+fn seek(f: &File, at: u64, whence: i32) -> std::io::Result<u64> {
+    // SAFETY: lseek touches no memory.
+    let r = unsafe { libc::lseek(f.as_raw_fd(), at as i64, whence) };
+    u64::try_from(r).map_err(|_| std::io::Error::last_os_error())
+}
+
+#[test]
+fn holes_are_found_and_data_not_yet_written_back_is_not_taken_for_one() {
+    let m = Mount::new();
+    let f = open_rw(m.path("f"));
+    // Still in the kernel's cache when the question comes.
+    f.write_all_at(&noise(1, 4096), 1 << 20).unwrap();
+    assert_eq!(seek(&f, 1 << 20, libc::SEEK_DATA).unwrap(), 1 << 20);
+    assert!(seek(&f, 0, libc::SEEK_DATA).unwrap() <= 1 << 20);
+    assert_eq!(seek(&f, 1 << 20, libc::SEEK_HOLE).unwrap(), (1 << 20) + 4096);
+    f.sync_all().unwrap();
+    f.set_len(8 << 20).unwrap();
+    assert_eq!(errno(seek(&f, 8 << 20, libc::SEEK_DATA)), libc::ENXIO);
+    assert!(seek(&f, 2 << 20, libc::SEEK_HOLE).unwrap() >= 2 << 20);
+    // Copied with its holes, it is the same file.
+    sh(&m.path(""), "cp --sparse=auto f g && cmp f g && cp --sparse=always f h && cmp f h");
 }
 
 #[test]

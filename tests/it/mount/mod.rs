@@ -2,4 +2,12 @@
 
 mod support;
 
+mod cache;
 mod data;
+mod directories;
+mod locks;
+mod names;
+mod scale;
+mod space;
+mod times;
+mod users;

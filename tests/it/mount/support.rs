@@ -121,7 +121,17 @@ impl Mount {
     /// Unmounts as umount(8) would and closes the store.
     pub fn unmount(mut self) -> Place {
         let unmounter = self.mounted.as_ref().expect("it is mounted").unmount_handle();
-        unmounter.unmount().expect("unmount");
+        // Children that other tests start hold our descriptors between fork and exec.
+        let busy = |r: &io::Result<()>| r.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY));
+        let mut tried = unmounter.unmount();
+        for _ in 0..500 {
+            if !busy(&tried) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+            tried = unmounter.unmount();
+        }
+        tried.expect("unmount");
         self.mounted.take().expect("as before").wait().expect("the session ends well");
         self.store.close().expect("close");
         let place = std::mem::replace(&mut self.place, Place::new());
@@ -222,4 +232,13 @@ pub fn open_rw(path: impl AsRef<Path>) -> File {
 pub fn drop_caches() {
     rustix::fs::sync();
     let _ = fs::write("/proc/sys/vm/drop_caches", "3");
+}
+
+/// Waits until the clock that the kernel takes times from has moved on.
+pub fn tick() {
+    use rustix::time::{ClockId, clock_gettime};
+    let start = clock_gettime(ClockId::RealtimeCoarse);
+    while clock_gettime(ClockId::RealtimeCoarse) == start {
+        std::thread::yield_now();
+    }
 }

@@ -79,8 +79,8 @@ impl<B: Backing> Store<B> {
         }
     }
 
-    /// What was renamed or linked since the last call; waits for moves that are under way. Asked for after a scan, and again until it is empty, it holds
-    /// everything that the scan may have missed.
+    /// What was renamed or linked since the last call; waits for moves that are under way. Asked for after a scan, and
+    /// again until it is empty, it holds everything that the scan may have missed.
     pub fn take_moved(&self) -> Moved<B> {
         drop(self.moves.under_way.write());
         std::mem::take(&mut *self.moves.moved.lock())

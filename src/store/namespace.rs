@@ -22,10 +22,12 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// A live node, and the pin that keeps it.
+type Pinned<B> = (Arc<Node<B>>, Arc<<B as Backing>::Node>);
+
 /// An entry about to be removed or replaced.
 pub(super) struct Leaving<B: Backing> {
-    /// Its live node, and the pin that keeps it.
-    node: Option<(Arc<Node<B>>, Arc<B::Node>)>,
+    node: Option<Pinned<B>>,
     /// Where its target lies, if it is a symbolic link with a long one.
     target: Option<(Reference, B::Node)>,
 }
@@ -37,7 +39,7 @@ impl<B: Backing> Leaving<B> {
     }
 
     /// The node, for an entry that did not go after all.
-    pub(super) fn into_node(self) -> Option<(Arc<Node<B>>, Arc<B::Node>)> {
+    pub(super) fn into_node(self) -> Option<Pinned<B>> {
         self.node
     }
 }
@@ -253,10 +255,10 @@ impl<B: Backing> Store<B> {
         }
         let Some((reference, link)) = leaving.target else { return };
         let last = self.backing().stat(&link).is_ok_and(|st| st.nlink == 0);
-        if let (true, Some(links)) = (last, &self.links_dir) {
-            if let Err(e) = self.backing().unlink(links, &reference.name) {
-                tracing::warn!("the file of a removed link's target stays behind: {e}");
-            }
+        if let (true, Some(links)) = (last, &self.links_dir)
+            && let Err(e) = self.backing().unlink(links, &reference.name)
+        {
+            tracing::warn!("the file of a removed link's target stays behind: {e}");
         }
     }
 

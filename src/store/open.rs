@@ -4,7 +4,7 @@ use super::dek_cache::{DekCache, DekCacheLimits};
 use super::dir;
 use super::error::{Result, StoreError};
 use super::file::{FileCore, OpenFile};
-use super::keys::{KekKind, Keys, StoreFlags};
+use super::keys::{COPIES, KekKind, Keys, StoreFlags};
 use super::moves::Moves;
 use super::node::{Node, Table};
 use super::pool::Pool;
@@ -35,7 +35,8 @@ pub struct StoreOptions {
     pub read_only: bool,
     /// Bounds of the DEK cache.
     pub deks: DekCacheLimits,
-    /// Descriptors of inodes to keep open at most; `None`: half of what the process may have.
+    /// Descriptors of inodes to keep open at most; `None`: half of what the process may have, and no
+    /// more than 65,536.
     pub pinned_max: Option<usize>,
 }
 
@@ -77,8 +78,8 @@ pub(super) fn is(e: &io::Error, code: i32) -> bool {
 
 fn pinned_max_by_default() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    // Open files and the daemon's own need the other half.
-    usize::try_from(limit.unwrap_or(1 << 20) / 2).unwrap_or(1 << 19).clamp(32, 1 << 19)
+    // Open files and the daemon's own need the other half. Each holds an inode in the kernel's memory, so not too many.
+    usize::try_from(limit.unwrap_or(1 << 17) / 2).unwrap_or(1 << 16).clamp(32, 1 << 16)
 }
 
 impl<B: Backing> Store<B> {
@@ -91,9 +92,12 @@ impl<B: Backing> Store<B> {
         let dir = b.root()?;
         for e in b.read_dir(&dir)? {
             if e.name == names::STORE_DIR {
-                return Err(StoreError::NotEmptyForInit("there is a store in this directory already".into()));
-            }
-            if e.name != LOST_AND_FOUND {
+                // One without any keyring is what an init that was killed early leaves.
+                let own = b.read_dir(&b.lookup(&dir, names::STORE_DIR)?)?;
+                if own.iter().any(|e| COPIES.iter().any(|c| c.as_bytes() == e.name)) {
+                    return Err(StoreError::NotEmptyForInit("there is a store in this directory already".into()));
+                }
+            } else if e.name != LOST_AND_FOUND {
                 return Err(StoreError::NotEmptyForInit("the directory is not empty".into()));
             }
         }

@@ -3,7 +3,7 @@
 use super::error::{Result, StoreError};
 use super::node::Node;
 use super::open::{Store, is, kernel};
-use crate::backing::{Backing, Kind, XattrMode};
+use crate::backing::{Backing, XattrMode};
 use crate::format::damage::Damage;
 use crate::format::xattrs::{FoundXattr, XATTR_NAME_MAX, XATTR_VALUE_MAX, XattrName};
 use std::io;
@@ -133,10 +133,8 @@ impl<B: Backing> Store<B> {
 
     /// An ACL may have been set or removed: whether a directory has a default one is to be asked again.
     fn acl_changed(&self, n: &Arc<Node<B>>) {
-        if n.kind() == Kind::Dir {
-            if let Ok(state) = n.dir() {
-                state.default_acl.store(0, Ordering::Release);
-            }
+        if let Ok(state) = n.dir() {
+            state.default_acl.store(0, Ordering::Release);
         }
     }
 }

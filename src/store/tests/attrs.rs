@@ -8,12 +8,9 @@ super::on_each_backing!(
 );
 
 mod bodies {
-    use super::super::{errno, list};
+    use super::super::{Open, errno, list};
     use crate::backing::{Access, Backing, SetTime, Timestamp, XattrMode};
-    use crate::store::{Owner, SetAttr, Store, StoreError};
-    use std::sync::Arc;
-
-    type Open<'a, B> = &'a dyn Fn(Option<usize>) -> Arc<Store<B>>;
+    use crate::store::{Owner, SetAttr, StoreError};
 
     pub fn modes_times_and_sizes<B: Backing>(open: Open<'_, B>) {
         let s = open(None);

@@ -105,12 +105,15 @@ macro_rules! on_each_backing {
 }
 pub(super) use on_each_backing;
 
-pub(super) fn simulated(flags: StoreFlags, test: &dyn Fn(&dyn Fn(Option<usize>) -> Arc<Store<SimDisk>>)) {
+/// Opens the store under test, with this many descriptors at most.
+pub(super) type Open<'a, B> = &'a dyn Fn(Option<usize>) -> Arc<Store<B>>;
+
+pub(super) fn simulated(flags: StoreFlags, test: &dyn Fn(Open<'_, SimDisk>)) {
     let disk = new_disk(flags);
     test(&|pinned_max| open_with(disk.clone(), StoreOptions { pinned_max, ..StoreOptions::default() }));
 }
 
-pub(super) fn real(flags: StoreFlags, test: &dyn Fn(&dyn Fn(Option<usize>) -> Arc<Store<Posix>>)) {
+pub(super) fn real(flags: StoreFlags, test: &dyn Fn(Open<'_, Posix>)) {
     let dir = tempfile::tempdir().unwrap();
     Store::init(&Posix::open(dir.path()).unwrap(), &root_keys(), KekKind::Sealed, flags).unwrap();
     test(&|pinned_max| {

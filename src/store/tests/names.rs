@@ -21,12 +21,10 @@ super::on_each_backing!(
 );
 
 mod bodies {
-    use super::super::{errno, list, long, paths};
+    use super::super::{Open, errno, list, long, paths};
     use crate::backing::{Access, Backing, Kind, RenameMode};
     use crate::store::{Node, Store, StoreError};
     use std::sync::Arc;
-
-    type Open<'a, B> = &'a dyn Fn(Option<usize>) -> Arc<Store<B>>;
 
     fn put<B: Backing>(s: &Store<B>, dir: &Arc<Node<B>>, name: &[u8], data: &[u8]) -> Arc<Node<B>> {
         let (n, _, f) = s.create(dir, name, 0o644, 0o022, None).unwrap();

@@ -119,6 +119,9 @@ impl<B: Backing> Store<B> {
             }
         })?;
         self.renamed(src, dst, mode, mover, leaving);
+        if let Some(replaced) = target {
+            self.unsynced.forget(replaced.key());
+        }
         Ok(())
     }
 

@@ -232,7 +232,7 @@ class Keyring:
     def load(cls, folder):
         """The copy that counts (section 4.1)."""
         valid, errors = [], []
-        for name in ("keyring.a", "keyring.b"):
+        for name in (b"keyring.a", b"keyring.b"):
             try:
                 with open(os.path.join(folder, name), "rb") as f:
                     valid.append(cls.parse(f.read()))

@@ -4,7 +4,7 @@ use crate::daemon::fault::{Fault, FaultKind};
 
 /// The line for standard error: what happened, on what, and what to do next. `subject` is what the command was given.
 pub fn line(fault: &Fault, subject: &str) -> String {
-    let advice = advice(fault.kind, subject);
+    let advice = advice(fault.kind, fault.about.as_deref().unwrap_or(subject));
     match advice.is_empty() {
         true => format!("envelopefs: {}", fault.message),
         false => format!("envelopefs: {}; {advice}", fault.message),
@@ -27,21 +27,19 @@ fn advice(kind: FaultKind, subject: &str) -> String {
         FaultKind::Damage => {
             format!("look closer with: envelopefs check --deep {s}; restore what it names from a backup")
         }
-        FaultKind::RotationIncomplete => format!("finish it with: envelopefs rotate {s}"),
+        FaultKind::RotationIncomplete => format!("what is done stays done; finish it with: envelopefs rotate {s}"),
         FaultKind::NotMounted => "mount it first with: envelopefs mount BACKING MOUNTPOINT".into(),
         FaultKind::MountPoint => "use an existing directory outside the backing directory".into(),
+        FaultKind::MountTaken => "use another mount point, or unmount that one first".into(),
+        FaultKind::DeadMount => format!("take it away with: envelopefs unmount {s}, then mount again"),
         FaultKind::Busy => format!("see who uses it with: fuser -vm {s}, and try again when they are done"),
+        FaultKind::RotationRunning => format!("see how it stands with: envelopefs status {s}"),
         FaultKind::RootKey => "check the root key's URI, its file and the file's mode".into(),
         FaultKind::NotEmpty => "use an empty directory".into(),
         FaultKind::Daemon => "see the system log or --log-file, then mount again".into(),
         FaultKind::Config => "compare with config.example.toml".into(),
         FaultKind::Fuse => "install the package fuse3 and see that /dev/fuse is there and open to you".into(),
     }
-}
-
-/// Advice on a mount point whose daemon has died.
-pub fn dead_mount(mountpoint: &str) -> String {
-    format!("its daemon has died: run envelopefs unmount {mountpoint}, then mount again")
 }
 
 #[cfg(test)]

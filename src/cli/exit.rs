@@ -69,7 +69,7 @@ impl Exit {
             Exit::RotationIncomplete => "rotation incomplete: cancelled, or files could not be moved",
             Exit::NotMounted => "not mounted",
             Exit::MountPoint => "mount point cannot be used",
-            Exit::Busy => "mount is in use",
+            Exit::Busy => "busy: files of the mount are open, or a rotation is under way",
             Exit::RootKey => {
                 "root key unusable: no such key, mode too open, wrong length, no passphrase or credentials to be had"
             }
@@ -94,11 +94,11 @@ impl From<FaultKind> for Exit {
             FaultKind::Damage => Exit::Damage,
             FaultKind::RotationIncomplete => Exit::RotationIncomplete,
             FaultKind::NotMounted => Exit::NotMounted,
-            FaultKind::MountPoint => Exit::MountPoint,
-            FaultKind::Busy => Exit::Busy,
+            FaultKind::MountPoint | FaultKind::MountTaken => Exit::MountPoint,
+            FaultKind::Busy | FaultKind::RotationRunning => Exit::Busy,
             FaultKind::RootKey => Exit::RootKey,
             FaultKind::NotEmpty => Exit::NotEmpty,
-            FaultKind::Daemon => Exit::Daemon,
+            FaultKind::Daemon | FaultKind::DeadMount => Exit::Daemon,
             FaultKind::Config => Exit::Config,
             FaultKind::Fuse => Exit::Fuse,
         }

@@ -110,7 +110,8 @@ fn usage(e: &clap::Error) -> ExitCode {
     let text = e.to_string();
     let complaint = text.split("\n\nUsage:").next().unwrap_or_default();
     let complaint = complaint.split("\n\nFor more").next().unwrap_or_default();
-    let words: Vec<&str> = complaint.trim_start_matches("error: ").split_whitespace().collect();
-    eprintln!("envelopefs: {}; see --help", words.join(" "));
+    let parts = complaint.trim_start_matches("error: ").split("\n\n  tip: ");
+    let parts: Vec<String> = parts.map(|p| p.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    eprintln!("envelopefs: {}; see --help", parts.join("; "));
     Exit::Usage.into()
 }

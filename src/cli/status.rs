@@ -115,8 +115,8 @@ fn ask(place: &Place) -> Result<Option<DaemonStatus>, Fault> {
         },
         Ok(None) => match dead {
             Some(m) => {
-                let at = m.mountpoint.display().to_string();
-                Err(Fault::new(FaultKind::Daemon, format!("{at}: {}", super::advice::dead_mount(&at))))
+                let text = format!("the daemon of the mount at {} has died", m.mountpoint.display());
+                Err(Fault::new(FaultKind::DeadMount, text).about(&m.mountpoint))
             }
             None => Ok(None),
         },

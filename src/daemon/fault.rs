@@ -31,8 +31,14 @@ pub enum FaultKind {
     NotMounted,
     /// The mount point cannot be used.
     MountPoint,
+    /// Something of ours is mounted there already.
+    MountTaken,
+    /// A mount of ours whose daemon has died.
+    DeadMount,
     /// The mount is in use.
     Busy,
+    /// A rotation is under way already.
+    RotationRunning,
     /// A root key is unusable: no such key, mode too open, wrong length, no passphrase or credentials to be had.
     RootKey,
     /// There is already something where a store should be made.
@@ -51,12 +57,21 @@ pub enum FaultKind {
 pub struct Fault {
     pub kind: FaultKind,
     pub message: String,
+    /// The path that advice should be about, if not the one the command was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub about: Option<String>,
 }
 
 impl Fault {
     /// A fault of `kind`.
     pub fn new(kind: FaultKind, message: impl Into<String>) -> Self {
-        Self { kind, message: one_line(message.into()) }
+        Self { kind, message: one_line(&without_numbers(&message.into())), about: None }
+    }
+
+    /// The same fault, with advice about `path`.
+    pub fn about(mut self, path: &Path) -> Self {
+        self.about = Some(path.display().to_string());
+        self
     }
 
     /// A failed system call on `path`. Says `what` was tried.
@@ -75,25 +90,33 @@ impl Fault {
 
     /// A key provider's error with the root key `uri`.
     pub fn kms(uri: &str, e: &KmsError) -> Self {
-        Self::new(kind_of_kms(e), format!("root key {uri}: {e}"))
+        let text = match e {
+            // These name the root key themselves.
+            KmsError::Config(text) | KmsError::Credentials(text) => text.clone(),
+            KmsError::NotFound(_) => e.to_string(),
+            _ => format!("root key {uri}: {e}"),
+        };
+        Self::new(kind_of_kms(e), text)
     }
 }
 
 /// The text of an I/O error without Rust's "(os error N)".
 pub fn plain(e: &std::io::Error) -> String {
-    let s = e.to_string();
-    match s.find(" (os error") {
-        Some(i) => s[..i].to_string(),
-        None => s,
-    }
+    without_numbers(&e.to_string())
 }
 
-fn one_line(s: String) -> String {
-    if s.contains(['\n', '\r']) {
-        s.split(['\n', '\r']).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
-    } else {
-        s
+/// `text` without every "(os error N)", which helps nobody.
+fn without_numbers(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let mut out = parts.next().unwrap_or_default().to_string();
+    for p in parts {
+        out.push_str(p.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start_matches(')'));
     }
+    out
+}
+
+fn one_line(s: &str) -> String {
+    s.split(['\n', '\r']).map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// The kind of a key provider's error.
@@ -126,7 +149,9 @@ mod tests {
 
     #[test]
     fn a_fault_is_one_line() {
-        assert_eq!(Fault::new(FaultKind::Other, "a\nb\r\nc").message, "a b c");
+        assert_eq!(Fault::new(FaultKind::Other, "a\nb\r\n c").message, "a b c");
+        let e = std::io::Error::from_raw_os_error(libc::ENOENT);
+        assert_eq!(Fault::new(FaultKind::Other, format!("x: {e}; y")).message, "x: No such file or directory; y");
     }
 
     #[test]

@@ -48,7 +48,7 @@ impl Job {
     /// Starts `run` in a thread of its own. Returns the rotation's number.
     ///
     /// # Errors
-    /// [`FaultKind::Busy`] if one is under way.
+    /// [`FaultKind::RotationRunning`] if one is under way.
     pub fn start(
         self: &Arc<Self>,
         run: impl FnOnce(&dyn Progress, &Control) -> Result<Report, Fault> + Send + 'static,
@@ -57,7 +57,7 @@ impl Job {
         let number = {
             let mut inner = self.inner.lock();
             if inner.control.is_some() {
-                return Err(Fault::new(FaultKind::Busy, "a rotation of this store is under way already"));
+                return Err(Fault::new(FaultKind::RotationRunning, "a rotation of this store is under way already"));
             }
             inner.control = Some(control.clone());
             inner.state = Some(RotationState { running: true, ..Default::default() });
@@ -171,7 +171,7 @@ mod tests {
             Err(cancelled())
         })
         .unwrap();
-        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::Busy);
+        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::RotationRunning);
         assert!(job.state().unwrap().running);
         job.stop();
         let s = job.state().unwrap();

@@ -57,9 +57,10 @@ pub fn of_backing(backing: &Path) -> io::Result<Option<Mount>> {
     Ok(list()?.into_iter().rfind(|m| m.is_ours() && m.source == backing))
 }
 
-/// Whether what is mounted at `mountpoint` is a FUSE mount whose daemon has died.
+/// Whether what is mounted at `mountpoint` is a FUSE mount whose daemon has died. Asked with statfs(2), which the kernel
+/// never answers from its caches, as it does stat(2).
 pub fn is_dead(mountpoint: &Path) -> bool {
-    matches!(std::fs::metadata(mountpoint), Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)))
+    matches!(rustix::fs::statfs(mountpoint), Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED))
 }
 
 /// `path` made absolute with its parent's symbolic links resolved, without looking at `path` itself if that fails: a dead

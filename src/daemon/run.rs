@@ -107,11 +107,11 @@ fn clear_mountpoint(plan: &Plan) -> Result<(), Fault> {
     let Some(m) = there.filter(mounts::Mount::is_ours) else { return Ok(()) };
     if !mounts::is_dead(at) {
         let text = format!("{} is mounted at {shown} already", m.source.display());
-        return Err(Fault::new(FaultKind::MountPoint, text));
+        return Err(Fault::new(FaultKind::MountTaken, text));
     }
     if m.source != plan.backing {
-        let text = format!("a dead mount of {} is in the way at {shown}: its daemon has died", m.source.display());
-        return Err(Fault::new(FaultKind::MountPoint, text));
+        let text = format!("a mount of {} whose daemon has died is in the way at {shown}", m.source.display());
+        return Err(Fault::new(FaultKind::DeadMount, text).about(at));
     }
     // The volume lock is ours, so its daemon is gone for good.
     Unmounter::new(at).detach().map_err(|e| Fault::io("take away the dead mount at", at, &e))

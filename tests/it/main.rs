@@ -1,5 +1,6 @@
 //! Integration tests, in one binary so that they link once. The names of the modules say what is tested.
 
+mod cli;
 mod mount;
 mod store_model;
 mod vectors;

@@ -1,0 +1,7 @@
+//! The program from outside: what it prints, how it exits, and how it lives as a daemon.
+
+mod control;
+mod json;
+mod lifecycle;
+mod support;
+mod transcripts;

@@ -2,6 +2,7 @@
 
 pub mod advice;
 pub mod args;
+pub mod check;
 pub mod config;
 pub mod exit;
 pub mod generate;
@@ -19,7 +20,7 @@ pub mod speed;
 pub mod status;
 pub mod unmount;
 
-use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::fault::Fault;
 use crate::daemon::process;
 use args::{Cli, Command};
 use clap::Parser;
@@ -69,7 +70,7 @@ fn run(c: Command, after: &[OsString]) -> Result<Exit, Fault> {
         Command::Status(a) => status::run(&a),
         Command::Rotate(a) => rotate::run(&a),
         Command::Key(c) => key::run(&c),
-        Command::Check(_) => Err(Fault::new(FaultKind::Other, "check is being built")),
+        Command::Check(a) => check::run(&a),
         Command::Inspect(a) => inspect::run(&a),
         Command::Speed(a) => speed::run(&a),
         Command::Completions { shell } => generate::completions(shell),

@@ -45,6 +45,7 @@ fn output_without_a_mount_is_as_documented() {
     check(&b, "key list back --json", "key list --json");
     check(&b, "rotate back --json", "rotate --json");
     check(&b, "speed --json", "speed --json");
+    check(&b, "check back --json", "check --json");
     let s = b.json("status back --json");
     assert_eq!((&s["mounted"], &s["daemon"], &s["locked"]), (&false.into(), &Value::Null, &false.into()));
     let speed = b.json("speed --json");

@@ -272,6 +272,50 @@ fn inspect_says_what_a_header_holds() {
 }
 
 #[test]
+fn check_finds_what_is_wrong_and_says_where() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    b.ok("init back --key keyfile:DIR/key --plaintext-names");
+    b.ok("mount back mnt");
+    fs::write(b.path("mnt/f"), "hello").unwrap();
+    let o = b.run("check back");
+    assert_eq!(o.status.code(), Some(0));
+    let in_use = "envelopefs: the store is in use: what is being written just now may show as unfinished\n";
+    assert_eq!(b.masked(&o.stderr), in_use);
+    b.ok("unmount mnt");
+    b.says(
+        "check back --deep",
+        0,
+        "checked 1 file in 1 directory, 4.0 KiB: every block authenticated\n0 objects damaged, 0 warnings, 0 notes\n",
+        "",
+    );
+    let mut bytes = fs::read(b.path("back/f")).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(b.path("back/f"), &bytes).unwrap();
+    b.says(
+        "check back --deep",
+        8,
+        "DAMAGE: f: block 0 does not authenticate (block-auth)\n\
+         checked 1 file in 1 directory, 4.0 KiB: every block authenticated\n1 object damaged, 0 warnings, 0 notes\n",
+        "envelopefs: back: 1 object damaged; look closer with: envelopefs check --deep back; restore what it names from a backup\n",
+    );
+    fs::remove_file(b.path("key")).unwrap();
+    let o = b.run("check back");
+    assert_eq!(o.status.code(), Some(0));
+    assert!(b.masked(&o.stderr).starts_with("envelopefs: checking without keys, which sees less: "));
+    assert!(b.masked(&o.stdout).contains("structure only, without keys\n"));
+    b.says("check back --no-key", 0, &b.masked(&o.stdout), "");
+    assert_eq!(b.run("check back --deep").status.code(), Some(13), "deep needs a key");
+    b.fails(
+        "check mnt",
+        3,
+        "mnt is not an envelopefs store; check the path, or make a store with: envelopefs init mnt",
+    );
+}
+
+#[test]
 fn configuration_files_are_read_strictly() {
     let b = Bench::with_store();
     fs::write(b.path("bad.toml"), "[store.x]\nbacking = \"/x\"\ncolour = 3\n").unwrap();

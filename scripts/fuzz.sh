@@ -12,8 +12,14 @@ targets=$(sed -n 's/^name = "\(fuzz_.*\)"$/\1/p' Cargo.toml)
 smoke() {
     # The main target directory, so that dependencies are not built twice.
     cargo build --locked --target-dir ../target
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
     for t in $targets; do
-        "../target/debug/$t" -seed=1 -runs=20000 -max_len=8192 -verbosity=0 "seeds/${t#fuzz_}"
+        if ! "../target/debug/$t" -seed=1 -runs=20000 -max_len=8192 -artifact_prefix="$(dirname "$log")/" \
+            "seeds/${t#fuzz_}" >"$log" 2>&1; then
+            cat "$log" >&2
+            exit 1
+        fi
         echo "fuzz: $t: 20000 inputs"
     done
 }

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 /// From so many headers on, one barrier over the whole file system is cheaper than one for each file
 /// (`docs/adr/0010-rotation.md` has the measurement).
-const SYNC_ALL_FROM: usize = 32;
+const SYNC_ALL_FROM: usize = 8;
 /// How often a file is begun again whose header changed between the halves.
 const TRIES: usize = 8;
 

@@ -83,3 +83,26 @@ fn torn_sectors_never_take_both_slots() {
         }
     }
 }
+
+/// As above with enough headers in a batch that the barrier is one for the whole file system.
+#[test]
+fn the_power_can_go_around_a_barrier_for_everything() {
+    for journal in [SimJournal::Ordered, SimJournal::None] {
+        let (base, root) = (SimDisk::new(SimOptions { journal, ..SimOptions::default() }), Scripted::new("root"));
+        init(&base, &root);
+        let store = open(base.clone(), &root);
+        (0..10).for_each(|i| write(&store, &format!("{i}"), &pattern(50, i)));
+        store.close().unwrap();
+        let tree = read_all(&store);
+        base.sync_all().unwrap();
+        let length = run_length(&base, &root);
+        for n in 0..=length {
+            let stopped = stopped_after(&base, &root, n);
+            for seed in 0..3 {
+                let cut = if seed == 0 { PowerCut::Lose } else { PowerCut::Reorder { tear: true } };
+                let what = format!("{journal:?} {cut:?} seed {seed} after {n} of {length}");
+                recovers(&stopped.crash_power(seed * 1000 + n, cut), &root, &tree, &what);
+            }
+        }
+    }
+}

@@ -64,7 +64,8 @@ fn damage_is_a_failure_with_its_code_and_is_left_alone() {
     fill(&open(other.clone(), &root));
     let foreign = other.read_raw(content_files(&other).remove(0)).unwrap();
     let paths = content_files(&disk);
-    let spoil: [(&str, Box<dyn Fn(&Vec<u8>)>); 5] = [
+    type Spoil<'a> = Box<dyn Fn(&Vec<u8>) + 'a>;
+    let spoil: [(&str, Spoil<'_>); 5] = [
         ("foreign-store", Box::new(|p| disk.replace_raw(p, &foreign).unwrap())),
         ("header-magic", Box::new(|p| disk.replace_raw(p, &[0x55; 8192]).unwrap())),
         ("header-unreadable", Box::new(|p| [200, 1224].iter().for_each(|at| disk.flip_bit(p, *at, 0).unwrap()))),

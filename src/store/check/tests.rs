@@ -133,7 +133,8 @@ fn each_damage_has_its_code() {
     };
     let seg = |s, c| crate::format::geometry::state_offset(s, c);
     use crate::format::geometry::Copy2::{A, B};
-    let cases: Vec<(&str, Option<(&str, Severity)>, Option<(&str, Severity)>, Spoil<'_>)> = vec![
+    type Code = Option<(&'static str, Severity)>;
+    let cases: Vec<(&str, Code, Code, Spoil<'_>)> = vec![
         ("one slot", Some(("slot-damaged", W)), Some(("slot-damaged", W)), Box::new(|d| flip(d, &small, 200))),
         (
             "both slots",
@@ -335,7 +336,7 @@ fn hostile_bytes_are_survived() {
         let disk = base.crash_process();
         for (i, path) in disk.files().iter().enumerate() {
             let len = stat(&disk, path).size;
-            if len == 0 || len > 1 << 30 || (round + i as u64) % 3 == 0 {
+            if len == 0 || len > 1 << 30 || (round + i as u64).is_multiple_of(3) {
                 continue;
             }
             let noise: [u8; 64] = crate::crypto::random::array();

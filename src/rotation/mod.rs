@@ -39,5 +39,6 @@ mod verify;
 pub use control::{Cancelled, Control};
 pub use moves::{Moved, Moves, NoMoves};
 pub use options::Options;
+pub use plan::is_unfinished;
 pub use report::{Counts, Failure, Outcome, Progress, Report, State, Status};
 pub use run::{Context, run};

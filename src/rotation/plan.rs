@@ -38,12 +38,16 @@ pub(super) struct Plan {
 pub(super) fn plan(ring: &Keyring, wish: Wish) -> Option<Plan> {
     let active = ring.keks.iter().find(|k| k.state == KekState::Active)?;
     let kind = wish.kind.unwrap_or(active.kind);
-    let unfinished = ring.keks.iter().any(|k| k.state == KekState::Retired && k.unused == 0);
-    let resume = unfinished && !wish.restart && !wish.new_roots && kind == active.kind;
+    let resume = is_unfinished(ring) && !wish.restart && !wish.new_roots && kind == active.kind;
     Some(Plan {
         discard: in_state(ring, KekState::Pending),
         begin: if resume { Begin::Resume(active.id) } else { Begin::New(kind) },
     })
+}
+
+/// Whether a rotation of the store was begun and not finished: some retired KEK may still be named by headers.
+pub fn is_unfinished(ring: &Keyring) -> bool {
+    !unproved(ring).is_empty()
 }
 
 /// KEKs in a state.

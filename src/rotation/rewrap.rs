@@ -24,6 +24,8 @@ use std::sync::Arc;
 /// Bytes of both slots.
 pub(super) type Slots = [u8; SLOTS_LEN];
 
+/// The setuid and setgid bits.
+const SET_ID: u32 = 0o6000;
 /// How often a header is tried again that somebody else changed between reading and writing.
 const TRIES: usize = 8;
 
@@ -252,8 +254,11 @@ fn write_slot<B: Backing>(b: &B, node: &B::Node, file: &B::File, copy: Copy2, by
     let before = b.stat_file(file)?;
     let written = b.write_at(file, bytes, slot_offset(copy));
     b.set_file_times(file, SetTime::At(before.atime), SetTime::At(before.mtime))?;
-    if before.mode & 0o6000 != 0 && b.stat_file(file)?.mode != before.mode {
-        b.set_mode(node, before.mode)?;
+    if before.mode & SET_ID != 0 {
+        let now = b.stat_file(file)?.mode;
+        if now != before.mode && now | (before.mode & SET_ID) == before.mode {
+            b.set_mode(node, before.mode)?;
+        }
     }
     Ok(written?)
 }

@@ -122,6 +122,9 @@ impl<B: Backing> Store<B> {
             self.kill_privileges(n)?;
         }
         let fd = n.fd(b)?;
+        // Whoever writes behind users' backs puts back the times and mode it found: not over these.
+        let (dev, ino) = n.key();
+        let _kept = self.shared().inode_locks.shared(dev, ino);
         if s.uid.is_some() || s.gid.is_some() {
             b.set_owner(&fd, s.uid, s.gid)?;
             // The kernel below takes its own attribute away, but does not know this one.
@@ -131,8 +134,6 @@ impl<B: Backing> Store<B> {
             b.set_mode(&fd, mode & 0o7777)?;
         }
         if s.atime != SetTime::Omit || s.mtime != SetTime::Omit {
-            let (dev, ino) = n.key();
-            let _times = self.shared().inode_locks.shared(dev, ino);
             b.set_times(&fd, s.atime, s.mtime)?;
         }
         let st = b.stat(&fd)?;
@@ -158,11 +159,14 @@ impl<B: Backing> Store<B> {
         if n.kind() != Kind::File {
             return Ok(());
         }
+        let (dev, ino) = n.key();
+        let kept = self.shared().inode_locks.shared(dev, ino);
         let st = n.stat(self.backing())?;
         let mode = without_privileges(st.mode);
         if mode != st.mode {
             self.backing().set_mode(&*n.fd(self.backing())?, mode)?;
         }
+        drop(kept);
         self.drop_capabilities(n)
     }
 

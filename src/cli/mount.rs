@@ -114,7 +114,11 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
     let mut mount = MountOptions::new(mountpoint);
     mount.read_only = a.read_only || o.read_only == Some(true);
     mount.allow_other = a.allow_other || o.allow_other;
-    mount.fs_name = backing.display().to_string();
+    // The kernel's list of mounts is where the store is looked up again.
+    let name = backing.to_str().ok_or_else(|| {
+        Fault::new(FaultKind::Usage, format!("the path of the backing directory {} is not UTF-8", backing.display()))
+    })?;
+    mount.fs_name = name.to_string();
     mount.options = o.pass;
     mount.threads = a.threads.or(d.threads).map(usize::from);
     let connect = root_keys::connect_options(&a.key.passphrase);

@@ -7,7 +7,7 @@ use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::protocol::{DaemonStatus, Reply, Request};
 use crate::format::ids::{KekId, RootKeyId, StoreId};
-use crate::format::keyring::{KekKind, KekState, Keyring};
+use crate::format::keyring::{KekKind, KekRecord, KekState, Keyring};
 use serde::Serialize;
 use std::path::Path;
 
@@ -21,6 +21,8 @@ struct Status {
     /// Some process has the store: a daemon, a rotation or a check.
     locked: bool,
     plaintext_names: bool,
+    /// A rotation was begun and has not proved yet that no header names an old KEK.
+    rotation_unfinished: bool,
     keyring: KeyringView,
     /// What the daemon says of itself; `null` if the store is not mounted.
     daemon: Option<DaemonStatus>,
@@ -90,6 +92,7 @@ pub fn run(a: &StatusArgs) -> Result<(), Fault> {
         mountpoint: daemon.as_ref().map(|d| d.mountpoint.clone()),
         locked: VolumeLock::is_taken(&place.backing),
         plaintext_names: k.plaintext_names(),
+        rotation_unfinished: k.keks.iter().any(is_unfinished),
         keyring: k.into(),
         daemon,
     };
@@ -125,6 +128,11 @@ fn ask(place: &Place) -> Result<Option<DaemonStatus>, Fault> {
     }
 }
 
+/// Whether `k` is on its way in or out: staged and not active yet, or retired and maybe still named by some header.
+fn is_unfinished(k: &KekRecord) -> bool {
+    k.state == KekState::Pending || (k.state == KekState::Retired && k.is_needed())
+}
+
 fn text(s: &Status) -> String {
     let mut t = format!("store     {}\nbacking   {}\n", s.store, s.backing);
     match (&s.mountpoint, s.locked) {
@@ -142,6 +150,9 @@ fn text(s: &Status) -> String {
         if let Some(r) = &d.rotation {
             t += &format!("rotation  {}\n", super::rotate::in_words(r));
         }
+    }
+    if s.rotation_unfinished && !s.daemon.as_ref().and_then(|d| d.rotation.as_ref()).is_some_and(|r| r.running) {
+        t += "rotation  unfinished; the next rotate goes on with it\n";
     }
     t + &keys(&s.keyring)
 }

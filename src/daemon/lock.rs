@@ -8,6 +8,12 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
+use std::time::Duration;
+
+/// How often, and how long each time, a taker waits for somebody who only looks: [`VolumeLock::is_taken`] holds the lock
+/// shared for microseconds.
+const LOOKS: u32 = 5;
+const LOOK: Duration = Duration::from_millis(20);
 
 /// A held lock; dropping it lets the store go.
 #[derive(Debug)]
@@ -22,10 +28,16 @@ impl VolumeLock {
     /// [`FaultKind::Locked`] if another process has it; [`FaultKind::NotAStore`] if there is no `.envelopefs`.
     pub fn take(backing: &Path, purpose: &str) -> Result<Self, Fault> {
         let mut file = open(backing)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(locked(backing, &mut file)),
-            Err(e) => return Err(Fault::io("lock the store", backing, &e.into())),
+        let mut tries = 0;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                // Somebody may only have looked whether it is taken.
+                Err(rustix::io::Errno::WOULDBLOCK) if tries < LOOKS => std::thread::sleep(LOOK),
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(locked(backing, &mut file)),
+                Err(e) => return Err(Fault::io("lock the store", backing, &e.into())),
+            }
+            tries += 1;
         }
         // For people; a read-only backing directory has no room for it.
         let _ = file.set_len(0);
@@ -90,6 +102,24 @@ mod tests {
         assert!(!VolumeLock::is_taken(d.path()));
         VolumeLock::wait_free(d.path());
         VolumeLock::take(d.path(), "rotate").unwrap();
+    }
+
+    #[test]
+    fn somebody_who_only_looks_keeps_nobody_out() {
+        let d = tempfile::tempdir().unwrap();
+        std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    VolumeLock::is_taken(d.path());
+                }
+            });
+            for _ in 0..50 {
+                VolumeLock::take(d.path(), "mount").unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::store::{Store, StoreOptions};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender as StopSender, channel};
 use std::thread::JoinHandle;
@@ -89,7 +89,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     ended(&plan.backing, served, closed.map_err(|e| Fault::store(&plan.backing, &e)))
 }
 
-fn ended(backing: &std::path::Path, served: io::Result<()>, closed: Result<(), Fault>) -> Result<(), Fault> {
+fn ended(backing: &Path, served: io::Result<()>, closed: Result<(), Fault>) -> Result<(), Fault> {
     match (&closed, &served) {
         (Err(f), _) => tracing::error!("closing the store: {f}"),
         (_, Err(e)) => tracing::error!("the FUSE connection ended: {e}"),
@@ -134,19 +134,30 @@ fn on_signals(unmounter: Unmounter, mountpoint: PathBuf) -> io::Result<()> {
         for signal in signals.forever() {
             tracing::info!("signal {signal}: unmounting");
             let _ = sd_notify::notify(&[NotifyState::Stopping]);
-            if let Err(e) = unmounter.unmount() {
-                tracing::warn!("{} is in use ({e}); it will end with its last user", mountpoint.display());
-                let dir = open_dir(&mountpoint);
-                if let Err(e) = unmounter.detach() {
-                    tracing::error!("cannot unmount {}: {e}", mountpoint.display());
+            match unmounter.unmount() {
+                Ok(()) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                    tracing::warn!("{} is in use; it will end with its last user", mountpoint.display());
+                    detach(&unmounter, &mountpoint);
                 }
-                if let Ok(d) = dir {
-                    let _ = rustix::fs::syncfs(&d);
-                }
+                // A second signal, or somebody else was faster.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(e) => tracing::error!("cannot unmount {}: {e}", mountpoint.display()),
             }
         }
     })?;
     Ok(())
+}
+
+/// Takes the mount out of the name space, and has the kernel write back what it holds.
+fn detach(unmounter: &Unmounter, mountpoint: &Path) {
+    let dir = open_dir(mountpoint);
+    if let Err(e) = unmounter.detach() {
+        tracing::error!("cannot unmount {}: {e}", mountpoint.display());
+    }
+    if let Ok(d) = dir {
+        let _ = rustix::fs::syncfs(&d);
+    }
 }
 
 /// The thread that marks closed files clean and forgets old keys.

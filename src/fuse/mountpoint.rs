@@ -117,7 +117,8 @@ pub(super) fn unmount(at: &Path, lazily: bool) -> io::Result<()> {
 }
 
 fn unmount_by_helper(at: &Path, lazily: bool) -> io::Result<()> {
-    let mut args: Vec<OsString> = vec!["-u".into(), "-q".into()];
+    // Not "-q": what it says is how "in use" is told from the rest.
+    let mut args: Vec<OsString> = vec!["-u".into()];
     if lazily {
         args.push("-z".into());
     }

@@ -127,8 +127,10 @@ fn a_detached_rotation_is_paused_resumed_cancelled_and_finished_later() {
     b.ok("rotate mnt --cancel");
     wait_for("the end", || rotation(&b)["running"] == false);
     assert_eq!(rotation(&b)["report"]["outcome"], "cancelled");
+    assert!(b.ok("status mnt").contains("rotation  unfinished; the next rotate goes on with it\n"));
     let v = b.json("rotate mnt --json");
     assert_eq!((&v["outcome"], &v["resumed"]), (&"complete".into(), &true.into()));
+    assert_eq!(b.json("status mnt --json")["rotation_unfinished"], false);
     for i in 0..40 {
         assert_eq!(fs::read_to_string(b.path("mnt").join(i.to_string())).unwrap(), i.to_string());
     }

@@ -4,4 +4,6 @@ mod control;
 mod json;
 mod lifecycle;
 mod support;
+mod terminal;
 mod transcripts;
+mod unprivileged;

@@ -70,23 +70,49 @@ fn files(dir: &str, keep: &dyn Fn(&Path) -> bool) -> Vec<PathBuf> {
 
 fn sources() -> Vec<Source> {
     let src = root().join("src");
-    let all: Vec<Source> = files("src", &|p| p.extension().is_some_and(|e| e == "rs"))
-        .iter()
+    let texts: Vec<(PathBuf, String)> = files("src", &|p| p.extension().is_some_and(|e| e == "rs"))
+        .into_iter()
         .map(|p| {
-            let text = fs::read_to_string(p).expect("a source file is readable");
-            let path = p.strip_prefix(&src).expect("below src").to_string_lossy().into_owned();
-            Source { path, code: without_tests(&text).to_owned() }
+            let text = fs::read_to_string(&p).expect("a source file is readable");
+            (p, text)
         })
-        // A module of tests in a file of its own.
-        .filter(|s| !s.path.ends_with("/tests.rs") && !s.path.contains("/tests/"))
+        .collect();
+    let tests: Vec<PathBuf> = texts.iter().flat_map(|(p, text)| test_modules(p, text)).collect();
+    let all: Vec<Source> = texts
+        .iter()
+        .filter(|(p, _)| !tests.iter().any(|t| *p == t.with_extension("rs") || p.starts_with(t)))
+        .map(|(p, text)| {
+            let path = p.strip_prefix(&src).expect("below src").to_string_lossy().into_owned();
+            Source { path, code: without_tests(text).to_owned() }
+        })
         .collect();
     assert!(all.len() > 20, "the sources were not found");
     all
 }
 
+/// Where the modules lie that this file declares for tests only, without extension.
+fn test_modules(file: &Path, text: &str) -> Vec<PathBuf> {
+    let folder = if file.ends_with("mod.rs") || file.ends_with("lib.rs") {
+        file.parent().expect("a file has a parent").to_owned()
+    } else {
+        file.with_extension("")
+    };
+    text.split("#[cfg(test)]\nmod ")
+        .skip(1)
+        .filter_map(|rest| rest.split_once(';').map(|(name, _)| name))
+        .filter(|name| name.chars().all(|c| c.is_alphanumeric() || c == '_'))
+        .map(|name| folder.join(name))
+        .collect()
+}
+
 /// The text up to the test module, which stands last in a file.
 fn without_tests(text: &str) -> &str {
-    text.find("\n#[cfg(test)]\nmod ").map_or(text, |at| text.get(..at).expect("find gives a boundary"))
+    let starts = |(at, found): (usize, &str)| {
+        let head = text.get(at + found.len()..)?.lines().next()?;
+        head.ends_with('{').then_some(at)
+    };
+    let at = text.match_indices("\n#[cfg(test)]\nmod ").find_map(starts);
+    at.map_or(text, |at| text.get(..at).expect("a match starts at a boundary"))
 }
 
 /// Lines of code as (number, text), comments left out.

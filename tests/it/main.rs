@@ -3,4 +3,5 @@
 mod cli;
 mod mount;
 mod store_model;
+mod tamper;
 mod vectors;

@@ -1,6 +1,7 @@
 //! Integration tests, in one binary so that they link once. The names of the modules say what is tested.
 
 mod cli;
+mod golden;
 mod mount;
 mod store_model;
 mod tamper;

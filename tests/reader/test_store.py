@@ -5,6 +5,7 @@ The program's binary is $ENVELOPEFS.
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -246,6 +247,29 @@ class ReaderAgrees(unittest.TestCase):
             self.assertEqual(code("a", a[:2048] + bytes(2048) + a[4096:]), "state-absent")
             self.assertEqual(code("a", a[:33 * 4096] + bytes(8192) + a[35 * 4096:], 32), "state-absent")
             self.assertEqual(code("a", bytes(2048) + a[2048:]), "header-magic")
+
+
+class Golden(unittest.TestCase):
+    def test_reader_reads_every_golden_store(self):
+        folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "golden")
+        versions = [v for v in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, v))]
+        self.assertTrue(versions)
+        for version in versions:
+            top = os.path.join(folder, version)
+            with open(os.path.join(top, "manifest.json"), encoding="utf-8") as f:
+                want = json.load(f)
+            store, found = r.Store(os.path.join(top, "store"), [r.KeyFile(os.path.join(top, "root.key"))]), {}
+            for path, at, st in store.walk():
+                if stat.S_ISDIR(st.st_mode):
+                    entry = {"directory": True}
+                elif stat.S_ISLNK(st.st_mode):
+                    entry = {"link": os.fsdecode(store.readlink(at))}
+                else:
+                    with store.open(at) as f:
+                        content = b"".join(f.blocks())
+                    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                found[os.fsdecode(path)] = entry
+            self.assertEqual(found, want)
 
 
 def kill_daemon(backing):

@@ -1,6 +1,7 @@
 //! Passphrases asked for on a terminal.
 
-use super::support::{Bench, can_mount};
+use super::support::{Bench, can_mount, wait_for};
+use rustix::termios::LocalModes;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -46,6 +47,10 @@ fn on_terminal(mut command: Command, answers: &[&str]) -> (ExitStatus, String) {
         if shown[seen..].ends_with(": ") {
             seen = shown.len();
             if let Some(a) = answers.next() {
+                // Nobody types before the prompt has turned the echo off.
+                wait_for("the echo to be off", || {
+                    !rustix::termios::tcgetattr(&ours).unwrap().local_modes.contains(LocalModes::ECHO)
+                });
                 ours.write_all(format!("{a}\n").as_bytes()).unwrap();
             }
         }

@@ -26,11 +26,18 @@ pub fn passphrase_for(uris: &[RootKeyUri], a: &PassphraseArgs) -> Result<Option<
     if !uris.iter().any(|u| u.scheme() == Scheme::Passphrase) {
         return Ok(None);
     }
+    read_passphrase(a, true).map(Some)
+}
+
+/// A passphrase for the daemon; `new`: one from the terminal is asked for twice.
+///
+/// # Errors
+/// [`FaultKind::RootKey`] if there is none to be had.
+pub fn read_passphrase(a: &PassphraseArgs, new: bool) -> Result<Hidden, Fault> {
     let source = connect_options(a).passphrase.unwrap_or(PassphraseSource::Terminal);
-    let text =
-        crate::kms::passphrase::text(&source, true).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
+    let text = crate::kms::passphrase::text(&source, new).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
     String::from_utf8(text.to_vec())
-        .map(|s| Some(Hidden::new(s)))
+        .map(Hidden::new)
         .map_err(|_| Fault::new(FaultKind::RootKey, "passphrase: not UTF-8"))
 }
 

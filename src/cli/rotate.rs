@@ -6,7 +6,7 @@ use super::progress::Meter;
 use super::{output, root_keys};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
-use crate::daemon::protocol::{Reply, Request, RotateRequest, RotationState};
+use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState};
 use crate::daemon::{open, rotate};
 use crate::rotation::{Control, Options, Outcome, Progress, Report, State, Status};
 use crate::store::{Store, StoreOptions};
@@ -27,11 +27,9 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
     }
     match connection {
         Some(c) => {
-            let keys = keys_to_name(a, &place);
-            let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.passphrase);
             let request = RotateRequest {
-                passphrase: root_keys::passphrase_for(&open::parse(&keys)?, &new)?,
-                keys,
+                passphrase: passphrase(a)?,
+                keys: a.keys.clone(),
                 kek: a.kek.map(Into::into),
                 rate: a.rate,
                 jobs: a.jobs,
@@ -56,14 +54,18 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
     }
 }
 
-/// The daemon has no terminal: a passphrase it was not mounted with has to come with the request, and then all root keys
-/// are named.
-fn keys_to_name(a: &RotateArgs, place: &Place) -> Vec<String> {
+/// The passphrase the daemon needs and cannot ask for: that of a new root key after `--key`, or, if the operator gave one
+/// and no `--key`, that of the root key the daemon was not opened with.
+fn passphrase(a: &RotateArgs) -> Result<Option<Hidden>, Fault> {
     let given = a.passphrase.passphrase_file.is_some() || a.passphrase.passphrase_command.is_some();
-    if a.keys.is_empty() && given {
-        return place.keyring.roots.iter().map(|r| r.uri.clone()).collect();
+    match (a.keys.is_empty(), given) {
+        (true, true) => root_keys::read_passphrase(&a.passphrase, false).map(Some),
+        (true, false) => Ok(None),
+        (false, _) => {
+            let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.passphrase);
+            root_keys::passphrase_for(&open::parse(&a.keys)?, &new)
+        }
     }
-    a.keys.clone()
 }
 
 fn not_mounted(place: &Place, why: &str) -> Fault {

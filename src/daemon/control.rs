@@ -67,7 +67,7 @@ impl Control {
     }
 
     fn rotate(&self, r: &RotateRequest, client: &mut Client) -> io::Result<()> {
-        let started = rotate_options(r).and_then(|options| {
+        let started = self.connect_root(r).and_then(|()| rotate_options(r)).and_then(|options| {
             let store = self.store.clone();
             let backing = self.backing.clone();
             self.job.start(move |progress, control| {
@@ -79,6 +79,14 @@ impl Control {
             Ok(number) => self.job.watch(number, false, client),
             Err(f) => client.send(&Reply::Failed(f)),
         }
+    }
+
+    /// A passphrase without new root keys must be that of a root key the store has.
+    fn connect_root(&self, r: &RotateRequest) -> Result<(), Fault> {
+        let Some(p) = r.passphrase.as_ref().filter(|_| r.keys.is_empty()) else { return Ok(()) };
+        let uri = RootKeyUri::parse("passphrase:").map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
+        let key = connect(&uri, Some(p), false)?;
+        self.store.shared().keys.connect_root(&key).map(drop).map_err(|e| Fault::store(&self.backing, &e))
     }
 
     fn key_add(&self, uri: &str, passphrase: Option<&Hidden>) -> Result<(), Fault> {

@@ -45,7 +45,8 @@ pub enum Request {
 pub struct RotateRequest {
     /// Root keys for the new KEK; empty: those of the keyring.
     pub keys: Vec<String>,
-    /// Passphrase of a `passphrase:` root key among `keys`.
+    /// Passphrase of a `passphrase:` root key among `keys`; with no `keys`, of one that the keyring has already and that
+    /// the daemon was not opened with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passphrase: Option<Hidden>,
     /// Kind of the new KEK; as the present one's if not given.

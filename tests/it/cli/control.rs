@@ -202,3 +202,26 @@ fn root_keys_of_a_mounted_store_go_through_the_daemon() {
     b.ok("mount back mnt");
     b.ok("unmount mnt");
 }
+
+#[test]
+fn a_passphrase_that_the_daemon_was_not_opened_with_comes_with_the_request() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::with_store();
+    fs::write(b.path("right"), "correct horse\n").unwrap();
+    fs::write(b.path("wrong"), "incorrect horse\n").unwrap();
+    b.says("key add back passphrase: --new-passphrase-file DIR/right", 0, "added root key passphrase:\n", "");
+    b.ok("mount back mnt");
+    let o = b.run("rotate mnt");
+    assert!(!o.status.success(), "the new KEK must be wrapped by the passphrase too");
+    assert!(b.masked(&o.stderr).contains("root key passphrase: must wrap the new KEK too and is not at hand"));
+    let o = b.run("rotate mnt --passphrase-file DIR/wrong");
+    assert_eq!(o.status.code(), Some(4), "{}", b.masked(&o.stderr));
+    assert_eq!(b.json("key list back --json")["root_keys"].as_array().unwrap().len(), 2, "a wrong one is not added");
+    b.ok("rotate mnt --passphrase-file DIR/right");
+    b.ok("unmount mnt");
+    fs::remove_file(b.path("key")).unwrap();
+    b.ok("mount back mnt --key passphrase: --passphrase-file DIR/right");
+    b.ok("unmount mnt");
+}

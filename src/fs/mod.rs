@@ -106,3 +106,6 @@ impl<B: Backing> EnvelopeFs<B> {
 fn os(errno: i32) -> StoreError {
     StoreError::Backing(std::io::Error::from_raw_os_error(errno))
 }
+
+#[cfg(test)]
+mod tests;

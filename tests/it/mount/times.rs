@@ -149,3 +149,21 @@ fn times_before_1970_are_kept() {
     assert_eq!((atime(m.path("f")), mtime(m.path("f"))), ((-1, 999_999_999), (-86_400, 250_000_000)));
     assert_eq!(mtime(m.remount().path("f")), (-86_400, 250_000_000));
 }
+
+#[test]
+fn no_time_that_a_user_can_set_stops_the_daemon() {
+    let m = Mount::new();
+    fs::write(m.path("f"), "").unwrap();
+    // Not i64::MIN, on which fuser 0.18 overflows where overflow is checked: in debug builds.
+    for sec in [i64::MIN + 1, i64::MAX, -62_135_596_800, 1 << 40] {
+        for nsec in [0, 1, 999_999_999] {
+            let spec = Timespec { tv_sec: sec, tv_nsec: nsec };
+            let times = Timestamps { last_access: spec, last_modification: spec };
+            // It may be refused or clamped by the backing file system.
+            let _ = rustix::fs::utimensat(CWD, m.path("f"), &times, AtFlags::empty());
+        }
+    }
+    for i in 0..50 {
+        fs::write(m.path(format!("after{i}")), "x").unwrap();
+    }
+}

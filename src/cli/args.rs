@@ -69,6 +69,16 @@ pub struct PassphraseArgs {
     pub passphrase_command: Option<String>,
 }
 
+/// What opens a store that is about to get or lose root keys.
+#[derive(Debug, Args, Default, Clone)]
+pub struct OpenKeys {
+    /// Root key that opens the store now (unmounted stores). Without: those of the keyring
+    #[arg(long = "open-key", value_name = "URI")]
+    pub open_keys: Vec<String>,
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum KekKindArg {
     /// A random key wrapped by the root keys: opening a file calls no key service
@@ -161,11 +171,8 @@ pub struct RotateArgs {
     /// Root key for the new KEK: passphrase:, keyfile:/PATH; repeat for several. Without: those of the keyring
     #[arg(long = "key", value_name = "URI")]
     pub keys: Vec<String>,
-    /// Root key that opens the store now (unmounted stores). Without: those of the keyring
-    #[arg(long = "open-key", value_name = "URI")]
-    pub open_keys: Vec<String>,
     #[command(flatten)]
-    pub passphrase: PassphraseArgs,
+    pub open: OpenKeys,
     /// Read the passphrase of a passphrase: root key after --key from FILE; without: as the one that opens the store
     #[arg(long, value_name = "FILE")]
     pub new_passphrase_file: Option<PathBuf>,
@@ -220,14 +227,17 @@ pub enum KeyCommand {
         /// Mount point or backing directory
         #[arg(value_name = "MOUNTPOINT|BACKING")]
         target: PathBuf,
-        /// The new root key
-        #[arg(value_name = "URI")]
-        uri: String,
+        /// The new root key: passphrase:, keyfile:/PATH
+        #[arg(value_name = "URI", required_unless_present = "key")]
+        uri: Option<String>,
+        /// The same as URI
+        #[arg(long, value_name = "URI", conflicts_with = "uri")]
+        key: Option<String>,
         /// Read the new passphrase from FILE
         #[arg(long, value_name = "FILE")]
         new_passphrase_file: Option<PathBuf>,
         #[command(flatten)]
-        key: KeySource,
+        open: OpenKeys,
     },
     /// Remove a root key; the last one cannot be removed
     Remove {
@@ -238,7 +248,7 @@ pub enum KeyCommand {
         #[arg(value_name = "ID|URI")]
         which: String,
         #[command(flatten)]
-        key: KeySource,
+        open: OpenKeys,
     },
 }
 

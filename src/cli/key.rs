@@ -1,6 +1,6 @@
 //! `key add` and `key remove`: root keys of the keyring, through the daemon if the store is mounted.
 
-use super::args::{KeyCommand, KeySource, PassphraseArgs};
+use super::args::{KeyCommand, OpenKeys, PassphraseArgs};
 use super::place::Place;
 use super::{output, root_keys, status};
 use crate::daemon::fault::{Fault, FaultKind};
@@ -19,14 +19,16 @@ use std::path::Path;
 pub fn run(c: &KeyCommand) -> Result<(), Fault> {
     match c {
         KeyCommand::List { target, json } => status::key_list(target, *json),
-        KeyCommand::Add { target, uri, new_passphrase_file, key } => {
-            add(&Place::find(target)?, uri, new_passphrase_file.as_deref(), key)
+        KeyCommand::Add { target, uri, key, new_passphrase_file, open } => {
+            // clap sees to it that there is exactly one of them.
+            let uri = uri.as_deref().or(key.as_deref()).unwrap_or_default();
+            add(&Place::find(target)?, uri, new_passphrase_file.as_deref(), open)
         }
-        KeyCommand::Remove { target, which, key } => remove(&Place::find(target)?, which, key),
+        KeyCommand::Remove { target, which, open } => remove(&Place::find(target)?, which, open),
     }
 }
 
-fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &KeySource) -> Result<(), Fault> {
+fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys) -> Result<(), Fault> {
     let uris = open::parse(&[uri.to_string()])?;
     let new = root_keys::new_passphrase(passphrase_file, &PassphraseArgs::default());
     let made: String = uris.iter().map(root_keys::made).collect();
@@ -44,7 +46,7 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &KeySource
     output::print(&format!("{made}added root key {uri}\n"))
 }
 
-fn remove(place: &Place, which: &str, old: &KeySource) -> Result<(), Fault> {
+fn remove(place: &Place, which: &str, old: &OpenKeys) -> Result<(), Fault> {
     let id = find(place, which)?;
     match place.connect()? {
         Some(c) => drop(c.ask(&Request::KeyRemove { id: id.to_string() }, |_| {})?),
@@ -57,9 +59,9 @@ fn remove(place: &Place, which: &str, old: &KeySource) -> Result<(), Fault> {
 }
 
 /// The keyring, with the lock under which it may be changed.
-fn opened(place: &Place, old: &KeySource) -> Result<(Keys, VolumeLock), Fault> {
+fn opened(place: &Place, old: &OpenKeys) -> Result<(Keys, VolumeLock), Fault> {
     let lock = VolumeLock::take(&place.backing, "key")?;
-    let keys = open::keys(&place.posix, &old.keys, &root_keys::connect_options(&old.passphrase))?;
+    let keys = open::keys(&place.posix, &old.open_keys, &root_keys::connect_options(&old.passphrase))?;
     Ok((keys, lock))
 }
 

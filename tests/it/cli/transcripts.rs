@@ -209,13 +209,20 @@ fn root_keys_are_added_and_removed() {
         "made key file DIR/second: keep a copy in a safe place\nadded root key keyfile:DIR/second\n",
         "",
     );
-    b.says("key remove back keyfile:DIR/key --key keyfile:DIR/second", 0, "removed root key keyfile:DIR/key\n", "");
+    b.says(
+        "key remove back keyfile:DIR/key --open-key keyfile:DIR/second",
+        0,
+        "removed root key keyfile:DIR/key\n",
+        "",
+    );
     let o = b.run("rotate back --dry-run --open-key keyfile:DIR/key");
     assert_eq!(o.status.code(), Some(4), "the removed key opens nothing any more");
     b.ok("rotate back");
     let o = b.run("key remove back keyfile:DIR/second");
     assert_eq!(o.status.code(), Some(1));
     assert!(b.masked(&o.stderr).contains("last root key"), "{}", b.masked(&o.stderr));
+    b.ok("key add back --key keyfile:DIR/third");
+    assert_eq!(b.run("key add back").status.code(), Some(2));
     let o = b.run("key remove back keyfile:DIR/nobody");
     assert_eq!(o.status.code(), Some(13));
 }

@@ -267,7 +267,7 @@ impl Mounted {
     fn new(plaintext_names: bool) -> Self {
         let disk = SimDisk::new(SimOptions { split_last_write: true, ..SimOptions::default() });
         let root_key: Vec<Arc<dyn KeyProvider>> = vec![Scripted::new("model")];
-        let flags = StoreFlags { plaintext_names, ..StoreFlags::default() };
+        let flags = StoreFlags { plaintext_names };
         Store::init(&disk, &root_key, KekKind::Sealed, flags).unwrap();
         Self { store: mount(&disk, &root_key).unwrap(), disk, root_key, flags }
     }

@@ -47,6 +47,10 @@ impl Entry {
     /// The entry of a hole: all zero.
     pub const HOLE: Self = Self { nonce: [0; NONCE_LEN], tag: [0; TAG_LEN] };
 
+    /// Stands for an entry that was lost and not a hole: no block authenticates under it, but with the chance of any
+    /// forgery.
+    pub const LOST: Self = Self { nonce: [0xff; NONCE_LEN], tag: [0xff; TAG_LEN] };
+
     /// Whether the block is a hole: it reads as zeros, whatever the backing file holds there.
     pub fn is_hole(&self) -> bool {
         *self == Self::HOLE
@@ -159,6 +163,18 @@ pub fn open(key: &BlockCipher, file: FileId, segment: u64, copy: &mut [u8]) -> R
     }
     key.open(&nonce, &aad(file, segment, sequence), &tag, body).map_err(|_| bad)?;
     decode_body(segment, sequence, body)
+}
+
+/// Whether, of a segment's two copies, one that must have been written is not there: it is damaged, zeroed, or a
+/// repetition of the other. In a file that was closed cleanly that is tampering or a bad disk, and the copy that is left
+/// may be out of date.
+pub fn one_is_lost(a: &Result<SegmentState, Damage>, b: &Result<SegmentState, Damage>) -> bool {
+    match (a, b) {
+        (Ok(a), Ok(b)) => a.sequence == b.sequence,
+        (Ok(s), Err(Damage::StateAbsent { .. })) | (Err(Damage::StateAbsent { .. }), Ok(s)) => s.sequence > 1,
+        (Ok(_), Err(_)) | (Err(_), Ok(_)) => true,
+        (Err(_), Err(_)) => false,
+    }
 }
 
 fn decode_body(segment: u64, sequence: u64, body: &[u8]) -> Result<SegmentState, Damage> {

@@ -557,6 +557,10 @@ class File:
         if not states and failure:
             raise failure
         states.sort(key=lambda s: -s.sequence)
+        if len(states) == 1:
+            self.lost = bool(failure) or states[0].sequence > 1
+        else:
+            self.lost = len(states) == 2 and states[0].sequence == states[1].sequence
         return (states + [None, None])[:2]
 
     def _block_len(self, block):
@@ -585,6 +589,7 @@ class File:
             newer, older = self._copies(segment)
             if newer is None and not self.sparse:
                 raise Damage("state-absent", f"segment {segment}")
+            self.doubtful = self.clean and self.lost
             self.segments = {segment: (newer, None if self.clean else older)}
         return self.segments[segment]
 
@@ -597,6 +602,8 @@ class File:
         index = block - first_block(segment)
         entry = newer.entries[index]
         if entry == HOLE:
+            if self.doubtful and any(self._raw(block, length)):
+                raise Damage("block-auth", f"block {block}")  # the copy that is left may be out of date
             return bytes(length)
         plain = self._try(block, entry)
         if plain is None and older is not None:

@@ -28,8 +28,8 @@ struct Content {
 struct Copies {
     newer: SegmentState,
     older: Option<SegmentState>,
-    /// One copy is neither valid nor all zeros.
-    one_bad: bool,
+    /// See [`state::one_is_lost`].
+    one_is_lost: bool,
 }
 
 fn open_copies(c: &BlockCipher, file: FileId, segment: u64, bytes: &mut [u8]) -> std::result::Result<Copies, Damage> {
@@ -38,10 +38,11 @@ fn open_copies(c: &BlockCipher, file: FileId, segment: u64, bytes: &mut [u8]) ->
     let a = state::open(c, file, segment, a);
     let b = state::open(c, file, segment, b);
     let absent = |d: &Damage| matches!(d, Damage::StateAbsent { .. });
+    let one_is_lost = state::one_is_lost(&a, &b);
     match (a, b) {
-        (Ok(a), Ok(b)) if b.sequence > a.sequence => Ok(Copies { newer: b, older: Some(a), one_bad: false }),
-        (Ok(a), Ok(b)) => Ok(Copies { newer: a, older: Some(b), one_bad: false }),
-        (Ok(s), Err(e)) | (Err(e), Ok(s)) => Ok(Copies { newer: s, older: None, one_bad: !absent(&e) }),
+        (Ok(a), Ok(b)) if b.sequence > a.sequence => Ok(Copies { newer: b, older: Some(a), one_is_lost }),
+        (Ok(a), Ok(b)) => Ok(Copies { newer: a, older: Some(b), one_is_lost }),
+        (Ok(s), Err(_)) | (Err(_), Ok(s)) => Ok(Copies { newer: s, older: None, one_is_lost }),
         (Err(a), Err(b)) => Err(if absent(&a) { b } else { a }),
     }
 }
@@ -231,7 +232,7 @@ impl<B: Backing> Checker<'_, B> {
     }
 
     fn check_segment(&mut self, path: &[u8], file: &B::File, c: &Content, segment: u64, copies: &Copies) -> Result<()> {
-        if copies.one_bad {
+        if copies.one_is_lost {
             let what = format!("one copy of the state of segment {segment} is damaged; the other is whole");
             self.add(path, "state-copy", what, Severity::Warning);
         }
@@ -248,13 +249,23 @@ impl<B: Backing> Checker<'_, B> {
                 break;
             }
             let old = copies.older.as_ref().map_or(Entry::HOLE, |o| o.entry(i));
-            if !self.block_opens(file, c, block, len, copies.newer.entry(i), old)? {
+            // As when it is read: a hole is believed only if the copy that is left cannot be out of date.
+            let doubtful = copies.one_is_lost && c.sealed.has(CLEAN) && copies.newer.entry(i).is_hole();
+            let newer = if doubtful && !self.is_zero(file, block, len)? { Entry::LOST } else { copies.newer.entry(i) };
+            if !self.block_opens(file, c, block, len, newer, old)? {
                 let d = Damage::BlockAuth { block };
                 self.damaged(path, &d.into());
             }
         }
         self.progress.update(&self.report.counts);
         Ok(())
+    }
+
+    fn is_zero(&self, file: &B::File, block: u64, len: usize) -> Result<bool> {
+        let mut raw = [0u8; BLOCK];
+        let raw = raw.get_mut(..len).unwrap_or_default();
+        backing::read_into(self.b, file, raw, geometry::block_offset(block))?;
+        Ok(raw.iter().all(|b| *b == 0))
     }
 
     /// Whether a block reads as what was written; in a file that was not closed cleanly, now or just before.

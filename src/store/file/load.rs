@@ -97,7 +97,9 @@ impl<B: Backing> FileCore<B> {
         access: Access,
     ) -> Result<()> {
         let at = geometry::state_offset(0, Copy2::A) as usize;
-        let (loaded, older) = Copies::open(keys, 0, &mut page[at..]).choose()?;
+        let copies = Copies::open(keys, 0, &mut page[at..]);
+        let one_is_lost = copies.one_is_lost();
+        let (mut loaded, older) = copies.choose()?;
         let sealed = loaded.state.file;
         inner.sparse = sealed.has(SPARSE);
         match judge(sealed, backing_size)? {
@@ -107,6 +109,9 @@ impl<B: Backing> FileCore<B> {
                 self.set_recovering(true);
                 return self.finish_shrink(inner, keys, sealed.length, access, loaded, older);
             }
+        }
+        if one_is_lost {
+            self.doubt(inner, keys, 0, &mut loaded)?;
         }
         let loaded = self.reconcile(inner, keys, 0, loaded, older)?;
         self.put_segment0(loaded);

@@ -80,6 +80,11 @@ impl Copies {
         Self { a: state::open(&keys.state, keys.file, segment, a), b: state::open(&keys.state, keys.file, segment, b) }
     }
 
+    /// See [`state::one_is_lost`].
+    pub fn one_is_lost(&self) -> bool {
+        state::one_is_lost(&self.a, &self.b)
+    }
+
     /// The copy that counts, and the older one if it is valid too.
     ///
     /// # Errors
@@ -152,8 +157,15 @@ impl<B: Backing> FileCore<B> {
         let bytes = &mut bytes[..2 * geometry::state_len(segment)];
         let at = geometry::state_offset(segment, Copy2::A);
         backing::read_into(&self.shared.backing, inner.backing_file()?, bytes, at)?;
-        match Copies::open(keys, segment, bytes).choose() {
-            Ok((loaded, older)) => self.reconcile(inner, keys, segment, loaded, older),
+        let copies = Copies::open(keys, segment, bytes);
+        let one_is_lost = copies.one_is_lost();
+        match copies.choose() {
+            Ok((mut loaded, older)) => {
+                if one_is_lost {
+                    self.doubt(inner, keys, segment, &mut loaded)?;
+                }
+                self.reconcile(inner, keys, segment, loaded, older)
+            }
             Err(Damage::StateAbsent { .. }) if inner.sparse || segment >= geometry::segment_count(inner.size) => {
                 Ok(Loaded { state: SegmentState::EMPTY, newest: Copy2::B, unsaved: false })
             }
@@ -162,6 +174,30 @@ impl<B: Backing> FileCore<B> {
                 Err(d.into())
             }
         }
+    }
+
+    /// Deals with a state whose other copy is lost. After a crash that is a write cut short, and the next writer makes
+    /// the pair whole. In a settled file the lost copy may have been the newer one: a hole must then have nothing on
+    /// disk, or the block counts as damaged, so that its loss is never taken for zeros.
+    pub(super) fn doubt(&self, inner: &Inner<B>, keys: &FileKeys, segment: u64, loaded: &mut Loaded) -> Result<()> {
+        if self.is_recovering() {
+            loaded.unsaved = true;
+            return Ok(());
+        }
+        tracing::warn!(file = %keys.file, segment, "one copy of the segment's state is lost; using the other");
+        let first = geometry::first_block(segment);
+        for i in 0..geometry::segment_capacity(segment) {
+            if !loaded.state.entry(i).is_hole() {
+                continue;
+            }
+            let mut data = [0u8; BLOCK];
+            let Some(data) = data.get_mut(..self.disk_len(inner, first + i as u64)) else { continue };
+            self.read_raw(inner, first + i as u64, data)?;
+            if data.iter().any(|b| *b != 0) {
+                loaded.state.set(i, Entry::LOST);
+            }
+        }
+        Ok(())
     }
 
     /// In a file that was not closed cleanly, decides for each block whose entries differ in the two copies which of

@@ -43,7 +43,7 @@ pub fn run(a: MountArgs, argv: &[OsString]) -> Result<Exit, Fault> {
 /// # Errors
 /// As [`run`]; of remounting.
 pub fn helper(args: &[String]) -> Result<(), Fault> {
-    match options::parse_helper(args)? {
+    match options::parse_helper(args, rustix::process::geteuid().is_root())? {
         Helper::Nothing => Ok(()),
         Helper::Remount { mountpoint, options } => remount(Path::new(&mountpoint), &options),
         Helper::Mount(argv) => {

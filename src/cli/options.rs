@@ -17,7 +17,7 @@ pub struct Options {
 }
 
 /// Flags the kernel knows.
-const PASSED: [&str; 14] = [
+const PASSED: [&str; 19] = [
     "suid",
     "nosuid",
     "dev",
@@ -28,9 +28,14 @@ const PASSED: [&str; 14] = [
     "noatime",
     "relatime",
     "norelatime",
+    "strictatime",
+    "nostrictatime",
+    "lazytime",
+    "nolazytime",
     "sync",
     "async",
     "dirsync",
+    "diratime",
     "nodiratime",
 ];
 /// Options that mean something to mount(8) or systemd only.
@@ -87,10 +92,14 @@ pub enum Helper {
 
 /// Reads the arguments of `mount.fuse.envelopefs SPEC DIR [-sfnv] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]`.
 ///
+/// mount(8) leaves `suid` and `dev` out, as they are its defaults, so they are meant where their opposites are not said.
+/// Only root may have them; for others mount(8) has said `nosuid,nodev` itself.
+///
 /// # Errors
 /// [`FaultKind::Usage`].
-pub fn parse_helper(args: &[String]) -> Result<Helper, Fault> {
-    let (mut places, mut list, mut fake) = (Vec::new(), Vec::new(), false);
+pub fn parse_helper(args: &[String], is_root: bool) -> Result<Helper, Fault> {
+    let (mut places, mut fake) = (Vec::new(), false);
+    let mut list = if is_root { vec!["suid", "dev"] } else { Vec::new() };
     let mut rest = args.iter();
     while let Some(a) = rest.next() {
         match a.as_str() {
@@ -127,7 +136,18 @@ mod tests {
     use super::*;
 
     fn helper(line: &str) -> Result<Helper, Fault> {
-        parse_helper(&line.split(' ').map(str::to_string).collect::<Vec<_>>())
+        parse_helper(&line.split(' ').map(str::to_string).collect::<Vec<_>>(), false)
+    }
+
+    #[test]
+    fn suid_and_dev_which_mount_leaves_out_are_meant_when_root_mounts() {
+        let argv = |line: &str| match parse_helper(&line.split(' ').map(str::to_string).collect::<Vec<_>>(), true) {
+            Ok(Helper::Mount(argv)) => argv.join(" "),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(argv("/srv/x /mnt -o rw"), "-o suid -o dev -o rw -- /srv/x /mnt");
+        // The last one counts.
+        assert_eq!(argv("/srv/x /mnt -o rw,nosuid"), "-o suid -o dev -o rw -o nosuid -- /srv/x /mnt");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The kernel drops the lock when the process ends, however it ends, so there is no stale lock. What the file holds (who
 //! has it) is for people only and is never trusted.
 
-use super::fault::{Fault, FaultKind, plain};
+use super::fault::{Fault, FaultKind};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -52,6 +52,12 @@ impl VolumeLock {
         }
     }
 
+    /// Who the lock file says has the store, or had it last: `pid N for PURPOSE`. A hint, not to be trusted.
+    pub fn holder(backing: &Path) -> Option<String> {
+        let who = holder(&mut open(backing).ok()?);
+        (!who.is_empty()).then_some(who)
+    }
+
     /// Whether some process has the store at `backing` now.
     pub fn is_taken(backing: &Path) -> bool {
         open(backing)
@@ -75,10 +81,15 @@ fn open(backing: &Path) -> Result<File, Fault> {
     })
 }
 
-fn locked(backing: &Path, file: &mut File) -> Fault {
+/// What the file says, cut down to harmless characters; empty if nothing.
+fn holder(file: &mut File) -> String {
     let mut who = String::new();
-    let _ = file.take(80).read_to_string(&mut who).map_err(|e| plain(&e));
-    let who: String = who.trim().chars().filter(|c| c.is_ascii_alphanumeric() || *c == ' ').collect();
+    let _ = file.take(80).read_to_string(&mut who);
+    who.trim().chars().filter(|c| c.is_ascii_alphanumeric() || *c == ' ').collect()
+}
+
+fn locked(backing: &Path, file: &mut File) -> Fault {
+    let who = holder(file);
     let by = if who.is_empty() { "another process".to_string() } else { format!("another process ({who})") };
     Fault::new(FaultKind::Locked, format!("store {} is in use by {by}", backing.display()))
 }

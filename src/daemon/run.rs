@@ -25,6 +25,12 @@ use std::time::{Duration, Instant};
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
 const SETTLE_AFTER: Duration = Duration::from_secs(2);
 
+/// What the lock file says of us.
+const PURPOSE: &str = "mount";
+/// How long a daemon that is about to end is waited for, and how often it is looked for.
+const LEAVING_MAX: Duration = Duration::from_secs(10);
+const LEAVING_LOOK: Duration = Duration::from_millis(50);
+
 /// What is to be mounted, and how.
 #[derive(Debug)]
 pub struct Plan {
@@ -47,7 +53,7 @@ pub struct Plan {
 /// # Errors
 /// Before the mount: why there is none. After: why the store could not be closed in order.
 pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
-    let lock = VolumeLock::take(&plan.backing, "mount")?;
+    let lock = take_lock(&plan.backing)?;
     let b = open::backing(&plan.backing)?;
     // The last thing that may need the terminal and the working directory.
     let keys = open::keys(&b, &plan.keys, &plan.connect)?;
@@ -87,6 +93,26 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     drop(server);
     drop(lock);
     ended(&plan.backing, served, closed.map_err(|e| Fault::store(&plan.backing, &e)))
+}
+
+/// Takes the volume lock. umount(8) returns when the mount is gone, not when its daemon has written everything back: one
+/// that mounted the store and has no mount any more is waited for, so that `umount x; mount x` works.
+fn take_lock(backing: &Path) -> Result<VolumeLock, Fault> {
+    let deadline = Instant::now() + LEAVING_MAX;
+    loop {
+        match VolumeLock::take(backing, PURPOSE) {
+            Err(f) if f.kind == FaultKind::Locked && Instant::now() < deadline && is_leaving(backing) => {
+                std::thread::sleep(LEAVING_LOOK);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Whether whoever has the lock says he mounted the store, and it is not mounted.
+fn is_leaving(backing: &Path) -> bool {
+    VolumeLock::holder(backing).is_some_and(|who| who.ends_with(PURPOSE))
+        && mounts::of_backing(backing).is_ok_and(|m| m.is_none())
 }
 
 fn ended(backing: &Path, served: io::Result<()>, closed: Result<(), Fault>) -> Result<(), Fault> {
@@ -187,5 +213,33 @@ impl Settling {
         if let Some(t) = self.thread {
             let _ = t.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_whose_mount_is_gone_already_is_waited_for() {
+        let d = tempfile::tempdir().unwrap();
+        std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
+        let leaving = VolumeLock::take(d.path(), PURPOSE).unwrap();
+        std::thread::scope(|s| {
+            let waiting = s.spawn(|| take_lock(d.path()));
+            // Longer than a taker is patient with those who only look.
+            std::thread::sleep(Duration::from_millis(300));
+            drop(leaving);
+            waiting.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_store_that_is_being_rotated_is_not_waited_for() {
+        let d = tempfile::tempdir().unwrap();
+        std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
+        let _rotating = VolumeLock::take(d.path(), "rotate").unwrap();
+        assert!(!is_leaving(d.path()));
+        assert_eq!(take_lock(d.path()).unwrap_err().kind, FaultKind::Locked);
     }
 }

@@ -59,7 +59,7 @@ impl MountOptions {
 pub(super) struct Parsed {
     /// For mount(2).
     pub flags: MountFlags,
-    /// The same flags in words, for fusermount3.
+    /// Those of the flags that fusermount3 takes, in words.
     pub words: Vec<String>,
     /// `ro` was among them.
     pub read_only: bool,
@@ -102,7 +102,9 @@ pub(super) fn parse(o: &MountOptions) -> io::Result<Parsed> {
                     io::Error::new(io::ErrorKind::InvalidInput, format!("mount option {w} is not known"))
                 })?;
                 p.flags.set(flag, on);
-                p.words.push(w.to_owned());
+                if HELPERS.contains(&w) {
+                    p.words.push(w.to_owned());
+                }
             }
         }
     }
@@ -113,6 +115,9 @@ pub(super) fn parse(o: &MountOptions) -> io::Result<Parsed> {
     }
     Ok(p)
 }
+
+/// What fusermount3 knows: it hands anything else to the kernel as text, which refuses the mount.
+const HELPERS: [&str; 10] = ["ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "noatime"];
 
 /// The flag a word stands for, and whether the word sets it.
 fn flag(word: &str) -> Option<(MountFlags, bool)> {
@@ -128,8 +133,13 @@ fn flag(word: &str) -> Option<(MountFlags, bool)> {
         "dirsync" => (MountFlags::DIRSYNC, true),
         "noatime" => (MountFlags::NOATIME, true),
         "nodiratime" => (MountFlags::NODIRATIME, true),
+        "diratime" => (MountFlags::NODIRATIME, false),
         "relatime" => (MountFlags::RELATIME, true),
+        "norelatime" => (MountFlags::RELATIME, false),
         "strictatime" => (MountFlags::STRICTATIME, true),
+        "nostrictatime" => (MountFlags::STRICTATIME, false),
+        "lazytime" => (MountFlags::LAZYTIME, true),
+        "nolazytime" => (MountFlags::LAZYTIME, false),
         _ => return None,
     })
 }
@@ -171,6 +181,15 @@ mod tests {
         assert!(p.allow_other);
         let e = parsed("noatime,frobnicate").unwrap_err();
         assert!(e.to_string().contains("frobnicate"), "{e}");
+    }
+
+    #[test]
+    fn times_of_access_can_be_spoken_of_in_every_way_mount_knows() {
+        let p =
+            parsed("norelatime,strictatime,nostrictatime,lazytime,nolazytime,diratime,relatime,nodiratime").unwrap();
+        assert!(p.words.is_empty(), "fusermount3 knows none of them: {:?}", p.words);
+        assert!(p.flags.contains(MountFlags::RELATIME | MountFlags::NODIRATIME));
+        assert!(!p.flags.contains(MountFlags::STRICTATIME) && !p.flags.contains(MountFlags::LAZYTIME));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 use super::AuthError;
 use super::secret::Secret32;
+use super::stack::wiped;
 use aes_gcm_siv::aead::{AeadInOut, KeyInit};
 use aes_gcm_siv::{Aes256GcmSiv, Nonce as SivNonce, Tag as SivTag};
 use aws_lc_rs::aead as lc;
@@ -28,8 +29,10 @@ pub struct BlockCipher(lc::LessSafeKey);
 impl BlockCipher {
     /// Sets up the cipher. The library wipes its copy of the key when dropped.
     pub fn new(key: &Secret32) -> Self {
-        let k = lc::UnboundKey::new(&lc::AES_256_GCM_SIV, key.expose()).expect("the key has the cipher's length");
-        Self(lc::LessSafeKey::new(k))
+        wiped(|| {
+            let k = lc::UnboundKey::new(&lc::AES_256_GCM_SIV, key.expose()).expect("the key has the cipher's length");
+            Self(lc::LessSafeKey::new(k))
+        })
     }
 
     /// Encrypts `data` in place and returns the tag.
@@ -65,11 +68,13 @@ pub struct GcmSiv;
 impl GcmSiv {
     /// Encrypts `data` in place and returns the tag.
     pub fn seal(key: &Secret32, nonce: &Nonce, aad: &[u8], data: &mut [u8]) -> Tag {
-        let c = Aes256GcmSiv::new(key.expose().into());
-        let tag = c
-            .encrypt_inout_detached(&SivNonce::from(*nonce), aad, data.into())
-            .expect("messages here are far below the cipher's limit");
-        tag.into()
+        wiped(|| {
+            let c = Aes256GcmSiv::new(key.expose().into());
+            let tag = c
+                .encrypt_inout_detached(&SivNonce::from(*nonce), aad, data.into())
+                .expect("messages here are far below the cipher's limit");
+            tag.into()
+        })
     }
 
     /// Decrypts `data` in place.
@@ -77,8 +82,11 @@ impl GcmSiv {
     /// # Errors
     /// [`AuthError`] if key, nonce, aad, tag and data do not belong together; `data` is then undefined.
     pub fn open(key: &Secret32, nonce: &Nonce, aad: &[u8], tag: &Tag, data: &mut [u8]) -> Result<(), AuthError> {
-        let c = Aes256GcmSiv::new(key.expose().into());
-        c.decrypt_inout_detached(&SivNonce::from(*nonce), aad, data.into(), &SivTag::from(*tag)).map_err(|_| AuthError)
+        wiped(|| {
+            let c = Aes256GcmSiv::new(key.expose().into());
+            c.decrypt_inout_detached(&SivNonce::from(*nonce), aad, data.into(), &SivTag::from(*tag))
+                .map_err(|_| AuthError)
+        })
     }
 
     /// `nonce(12) ‖ ciphertext ‖ tag(16)` of `plain` under a random nonce.

@@ -4,9 +4,9 @@
 //! the input key is the PRK. `info` is the label, one zero byte, then the context.
 
 use super::secret::Secret32;
+use super::stack::wiped;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
-use zeroize::Zeroize;
 
 /// Labels, one for each use of a derived key. A label is never reused for another purpose.
 pub mod label {
@@ -41,18 +41,17 @@ pub mod label {
 /// HKDF-Expand of 32 bytes with `label ‖ 0x00 ‖ context`, into fresh secret memory.
 pub fn derive(key: &Secret32, label: &str, context: &[u8]) -> Secret32 {
     Secret32::build(|out| {
-        // HKDF-Expand's first and only block: T(1) = HMAC(PRK, info ‖ 0x01).
-        let mut t = expand(key, label, context);
-        out.copy_from_slice(&t);
-        t.zeroize();
+        // The copies of the result on its way are among what is wiped.
+        wiped(|| out.copy_from_slice(&expand(key, label, context)));
     })
 }
 
 /// The same derivation for a value that is public, such as a key commitment.
 pub fn derive_public(key: &Secret32, label: &str, context: &[u8]) -> [u8; 32] {
-    expand(key, label, context)
+    wiped(|| expand(key, label, context))
 }
 
+/// HKDF-Expand's first and only block: T(1) = HMAC(PRK, info ‖ 0x01).
 fn expand(key: &Secret32, label: &str, context: &[u8]) -> [u8; 32] {
     let mut mac = hmac(key);
     mac.update(label.as_bytes());
@@ -68,11 +67,13 @@ fn hmac(key: &Secret32) -> Hmac<Sha256> {
 
 /// HMAC-SHA-256 of the concatenation of `parts`, 32 bytes.
 pub fn mac(key: &Secret32, parts: &[&[u8]]) -> [u8; 32] {
-    let mut mac = hmac(key);
-    for p in parts {
-        mac.update(p);
-    }
-    mac.finalize().into_bytes().into()
+    wiped(|| {
+        let mut mac = hmac(key);
+        for p in parts {
+            mac.update(p);
+        }
+        mac.finalize().into_bytes().into()
+    })
 }
 
 /// SHA-256 (FIPS 180-4) of `data`.

@@ -5,11 +5,13 @@
 //!   matters (blocks, segment states) and `aes-gcm-siv` for the short messages (wraps, names, keyring).
 //! * [`kdf`]: HKDF-SHA-256 (RFC 5869), HMAC-SHA-256 (RFC 2104), and the one table of labels.
 //! * [`random`]: the only doorway to randomness.
+//! * [`stack`]: wipes what computations with keys leave behind.
 
 pub mod aead;
 pub mod kdf;
 pub mod random;
 pub mod secret;
+pub mod stack;
 
 /// An authenticated decryption or a commitment check failed. Carries no detail: none would help an honest caller,
 /// and any could help an attacker.

@@ -10,6 +10,7 @@ use crate::crypto::aead::{GcmSiv, WRAPPED_LEN};
 use crate::crypto::kdf::{derive, label};
 use crate::crypto::random;
 use crate::crypto::secret::{KEY_LEN, Secret32};
+use crate::crypto::stack::wiped;
 use crate::format::codec::{Malformed, Reader, Writer};
 use parking_lot::Mutex;
 use std::io::{self, IsTerminal, Read};
@@ -190,7 +191,8 @@ fn argon2id(passphrase: &Passphrase, with: Derivation) -> Result<Secret32, KmsEr
     memory.resize(blocks, argon2::Block::default());
     let argon = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params);
     let text = passphrase.assemble();
-    let key = Secret32::try_build(|out| argon.hash_password_into_with_memory(&text, &with.salt, out, &mut memory));
+    let key =
+        Secret32::try_build(|out| wiped(|| argon.hash_password_into_with_memory(&text, &with.salt, out, &mut memory)));
     // The memory's last blocks give the key away.
     memory.iter_mut().for_each(Zeroize::zeroize);
     key.map_err(failed)

@@ -3,6 +3,7 @@
 mod control;
 mod json;
 mod lifecycle;
+mod memory;
 mod support;
 mod terminal;
 mod transcripts;

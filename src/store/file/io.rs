@@ -70,7 +70,8 @@ impl<B: Backing> OpenFile<B> {
         let patch = Patch { at: off, data };
         {
             let inner = self.read_lock();
-            if let (true, false, Some(keys)) = (end <= inner.size, inner.clean, inner.keys.as_deref()) {
+            let settled = !inner.clean && !inner.cut_pending;
+            if let (true, true, Some(keys)) = (end <= inner.size, settled, inner.keys.as_deref()) {
                 let _times = self.core.shared.inode_locks.shared(inner.dev, inner.ino);
                 self.core.write_range(&inner, keys, patch, inner.size)?;
                 return Ok(data.len());
@@ -173,6 +174,7 @@ impl<B: Backing> FileCore<B> {
             Some(k) => Arc::clone(k),
             None => self.create_header(inner)?,
         };
+        self.finish_pending_cut(inner, &keys)?;
         if inner.clean {
             self.change_file_state(inner, &keys, |f| f.flags &= !CLEAN)?;
             inner.clean = false;

@@ -58,6 +58,7 @@ impl<B: Backing> FileCore<B> {
         inner.access = access;
         (inner.clean, inner.sparse, inner.unclean_durable) = (false, false, false);
         (inner.promised, inner.resized, inner.tail_on_disk, inner.keys) = (false, false, None, None);
+        inner.cut_pending = false;
         self.segments.clear();
         self.set_recovering(false);
         if st.size == 0 {

@@ -86,6 +86,9 @@ struct Inner<B: Backing> {
     changes: u64,
     /// A shrink that a read-only mount found unfinished: the last block still has this many bytes on disk.
     tail_on_disk: Option<(u64, usize)>,
+    /// A shrink stands in the state (TRUNCATING) whose cut has failed so far; `size` is the shrunken length already. The
+    /// next change, or else the next open, finishes it.
+    cut_pending: bool,
     /// Waits in the settle queue.
     settling: bool,
 }
@@ -122,6 +125,7 @@ impl<B: Backing> FileCore<B> {
                 resized: false,
                 changes: 0,
                 tail_on_disk: None,
+                cut_pending: false,
                 settling: false,
             }),
             segments: Segments::new(),

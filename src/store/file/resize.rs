@@ -127,7 +127,7 @@ impl<B: Backing> FileCore<B> {
     /// After a barrier: seals the length that is durable now, so that losing acknowledged bytes shows. Not before it: a
     /// sealed length that survives a power cut which the size does not would disown the whole file.
     fn raise_sealed_length(&self, inner: &Inner<B>, keys: &FileKeys, durable: u64) -> Result<()> {
-        if inner.clean || inner.access != Access::ReadWrite {
+        if inner.clean || inner.cut_pending || inner.access != Access::ReadWrite {
             return Ok(());
         }
         let sealed = self.with_segment(inner, keys, 0, |l| Ok(l.state.file.length))?;
@@ -178,6 +178,7 @@ impl<B: Backing> FileCore<B> {
         inner.size = 0;
         inner.changes += 1;
         inner.tail_on_disk = None;
+        inner.cut_pending = false;
         (inner.clean, inner.sparse, inner.promised, inner.resized) = (false, false, false, false);
         Ok(())
     }
@@ -239,22 +240,81 @@ impl<B: Backing> FileCore<B> {
 
     fn shrink(&self, inner: &mut Inner<B>, len: u64) -> Result<()> {
         let Some(keys) = inner.keys.clone() else { return Err(StoreError::Invalid) };
+        self.finish_pending_cut(inner, &keys)?;
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
-        self.change_file_state(inner, &keys, |f| {
+        let r = self.shrink_to(inner, &keys, len);
+        if r.is_err() {
+            self.after_failed_shrink(inner, &keys);
+        }
+        r
+    }
+
+    fn shrink_to(&self, inner: &mut Inner<B>, keys: &FileKeys, len: u64) -> Result<()> {
+        // Whatever becomes of this write, CLEAN may be gone and the next change must not rely on it.
+        inner.changes += 1;
+        self.change_file_state(inner, keys, |f| {
             f.length = len;
             f.flags = f.flags & !CLEAN | TRUNCATING;
         })?;
         inner.clean = false;
-        inner.changes += 1;
         self.barrier_if_promised(inner)?;
         inner.unclean_durable = inner.promised;
-        let r = self.reseal_last(inner, &keys, len, false).and_then(|()| self.cut(inner, &keys, len));
+        self.reseal_last(inner, keys, len, false)?;
+        self.cut(inner, keys, len)
+    }
+
+    /// Finds out from the disk how far a failed shrink came. Once TRUNCATING stands there, the file has its new length
+    /// for good: a crash would finish the shrink, so nothing may be built on the old length.
+    fn after_failed_shrink(&self, inner: &mut Inner<B>, keys: &FileKeys) {
+        self.segments.clear();
+        self.set_recovering(true);
+        let Ok(st) = inner.backing_file().and_then(|f| Ok(self.shared.backing.stat_file(f)?)) else { return };
+        inner.size = geometry::plain_size(st.size);
+        let Ok(sealed) = self.with_segment(inner, keys, 0, |l| Ok(l.state.file)) else { return };
+        if sealed.has(TRUNCATING) && sealed.length > 0 && sealed.length <= inner.size {
+            inner.cut_pending = true;
+            // If even that cannot be read, the last block fails when it is read, and nothing else.
+            let _ = self.look_as_if_cut(inner, keys, sealed.length);
+        }
+    }
+
+    /// Reads from now on as if the shrink to `len` were finished.
+    fn look_as_if_cut(&self, inner: &mut Inner<B>, keys: &FileKeys, len: u64) -> Result<()> {
+        let block = (len - 1) / PAGE;
+        let resealed = self.already_resealed(inner, keys, block, len);
+        if !matches!(resealed, Ok(true)) {
+            inner.tail_on_disk = Some((block, geometry::block_len(block, inner.size)));
+        }
+        inner.size = len;
+        resealed.map(|_| ())
+    }
+
+    /// Before anything else changes, what a failed shrink left is finished.
+    pub(super) fn finish_pending_cut(&self, inner: &mut Inner<B>, keys: &FileKeys) -> Result<()> {
+        if !inner.cut_pending {
+            return Ok(());
+        }
+        let len = inner.size;
+        inner.size = geometry::plain_size(self.shared.backing.stat_file(inner.backing_file()?)?.size);
+        inner.tail_on_disk = None;
+        self.segments.clear();
+        self.set_recovering(true);
+        let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
+        let r = self.finish_cut(inner, keys, len);
         if r.is_err() {
-            // The begun shrink stands in the state: read everything anew, as after a crash, on the next use.
-            self.segments.clear();
-            self.set_recovering(true);
+            self.after_failed_shrink(inner, keys);
+        } else {
+            inner.cut_pending = false;
         }
         r
+    }
+
+    /// The rest of a shrink whose TRUNCATING stands in the state.
+    fn finish_cut(&self, inner: &mut Inner<B>, keys: &FileKeys, len: u64) -> Result<()> {
+        let resealed = self.already_resealed(inner, keys, (len - 1) / PAGE, len)?;
+        self.reseal_last(inner, keys, len, resealed)?;
+        self.barrier_if_promised(inner)?;
+        self.cut(inner, keys, len)
     }
 
     /// A barrier where the file's content was promised to somebody: without it a power cut could keep the later step
@@ -328,20 +388,12 @@ impl<B: Backing> FileCore<B> {
         if len == 0 {
             return if writable { self.make_empty(inner) } else { Err(StoreError::ReadOnly) };
         }
-        let block = (len - 1) / PAGE;
-        let resealed = self.already_resealed(inner, keys, block, len)?;
         if !writable {
-            if !resealed {
-                inner.tail_on_disk = Some((block, geometry::block_len(block, inner.size)));
-            }
-            inner.size = len;
-            return Ok(());
+            return self.look_as_if_cut(inner, keys, len);
         }
         tracing::info!(file = %keys.file, "finishing a truncation to {len} bytes that was interrupted");
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
-        self.reseal_last(inner, keys, len, resealed)?;
-        self.barrier_if_promised(inner)?;
-        self.cut(inner, keys, len)
+        self.finish_cut(inner, keys, len)
     }
 
     /// Whether the block that will be last needs nothing more: a hole, a whole block, or sealed at its new length.

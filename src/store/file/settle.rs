@@ -108,6 +108,7 @@ impl<B: Backing> FileCore<B> {
     }
 
     fn mark_clean(&self, inner: &mut Inner<B>, keys: &FileKeys) -> Result<()> {
+        self.finish_pending_cut(inner, keys)?;
         if self.is_recovering() {
             // CLEAN forbids the older state copy: every segment's newest must be true first.
             for segment in 0..geometry::segment_count(inner.size) {
@@ -122,21 +123,26 @@ impl<B: Backing> FileCore<B> {
         let _times = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
         let size = geometry::backing_size(inner.size);
         let length = inner.size;
-        self.keeping_times(inner, || {
+        let promised = inner.promised && inner.resized;
+        let marked = self.keeping_times(inner, || {
             if self.shared.backing.stat_file(file)?.size != size {
                 // Ends inside state pages that a write never came to use.
                 self.shared.backing.truncate(file, size)?;
             }
-            if inner.promised && inner.resized {
+            if promised {
                 self.shared.backing.sync_file(file)?;
             }
             self.change_file_state(inner, keys, |f| {
                 f.length = length;
                 f.flags |= CLEAN;
             })
-        })?;
+        });
+        // Also after an error the flag may stand on disk: the next change clears it before anything else.
+        inner.clean = true;
+        marked?;
         self.set_recovering(false);
-        (inner.clean, inner.resized) = (true, false);
+        inner.resized = false;
+        inner.changes += 1;
         // From here on a reader may hold this content to be complete.
         inner.promised = true;
         Ok(())

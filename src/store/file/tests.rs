@@ -477,3 +477,46 @@ fn finishing_a_shrink_onto_a_hole_forgets_what_was_cut_off() {
     let left = rig.core.with_segment(&rig.core.inner.read(), &keys, 0, |l| Ok(l.state.entry(2).is_hole())).unwrap();
     assert!(left, "block 2 lies behind the end and must be a hole");
 }
+
+/// The last block was sealed at its new length, the backing file could not be cut, and the old length stayed in force
+/// in memory: the block was unreadable, and a crash would have cut what was written later.
+#[test]
+fn a_shrink_whose_cut_fails_is_a_shrink_all_the_same() {
+    use crate::backing::sim::Op as Raw;
+    let disk = new_disk();
+    let mut rig = Rig::new(&disk).unwrap();
+    let mut want = pattern(3, 0, 10_000);
+    rig.open().write(0, &want).unwrap();
+    rig.open().sync().unwrap();
+    for _ in 0..3 {
+        disk.fail_next(Some(Raw::Truncate), 0, libc::EIO);
+        rig.open().set_len(5000).unwrap_err();
+        want.truncate(5000);
+        assert_eq!(rig.open().len(), 5000);
+        assert!(read_all(rig.open()).unwrap() == want);
+        assert!(content(&disk.crash_process(), false).unwrap() == want, "after a crash");
+        want.resize(9000, 0);
+        rig.open().set_len(9000).unwrap();
+        assert!(read_all(rig.open()).unwrap() == want);
+        rig.open().write(8000, &[7; 2000]).unwrap();
+        want.resize(10_000, 0);
+        want[8000..].fill(7);
+        assert!(read_all(rig.open()).unwrap() == want);
+    }
+    rig.run(&Op::Reopen { settle: true }).unwrap();
+    assert!(read_all(rig.open()).unwrap() == want);
+}
+
+/// CLEAN had reached the disk although setting it failed; the next change then built on it.
+#[test]
+fn a_clean_flag_whose_write_was_reported_failed_is_cleared_before_the_next_change() {
+    use crate::backing::sim::Op as Raw;
+    let disk = new_disk();
+    let mut rig = Rig::new(&disk).unwrap();
+    rig.open().write(0, &[1; 5000]).unwrap();
+    disk.fail_next(Some(Raw::SetTimes), 0, libc::EIO);
+    rig.run(&Op::Reopen { settle: false }).unwrap();
+    rig.open().write(5000, &[2; 5000]).unwrap();
+    let got = content(&disk.crash_process(), false).unwrap();
+    assert_eq!(got.len(), 10_000);
+}

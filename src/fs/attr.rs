@@ -86,6 +86,9 @@ impl<B: Backing> EnvelopeFs<B> {
         let mut attr = self.store.getattr(&inode.node)?;
         if kill && attr.mode & SET_BITS != 0 {
             attr = self.store.setattr(&inode.node, &SetAttr { kill_suidgid: true, ..SetAttr::default() }, None)?;
+            if let Some(tell) = self.mode_changed.get() {
+                tell(inode.id);
+            }
         }
         self.drop_capability(inode, attr.kind)?;
         if attr.mode & SET_BITS == 0 {

@@ -16,7 +16,7 @@ mod slab;
 mod snapshot;
 mod xattr;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::backing::Backing;
 use crate::store::{Attr, Result, Store, StoreError};
@@ -41,7 +41,11 @@ pub struct EnvelopeFs<B: Backing> {
     handles: Slab<Handle<B>>,
     snapshots: Snapshots,
     settings: Settings,
+    mode_changed: OnceLock<ModeChanged>,
 }
+
+/// Told of a node whose mode a write has changed.
+type ModeChanged = Box<dyn Fn(u64) + Send + Sync>;
 
 /// What the front end and the process allow.
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +69,20 @@ impl<B: Backing> EnvelopeFs<B> {
     /// The file system over an open store.
     pub fn new(store: Arc<Store<B>>, settings: Settings) -> Self {
         let inodes = Inodes::new(store.root());
-        Self { store, inodes, handles: Slab::new(), snapshots: Snapshots::new(), settings }
+        Self {
+            store,
+            inodes,
+            handles: Slab::new(),
+            snapshots: Snapshots::new(),
+            settings,
+            mode_changed: OnceLock::new(),
+        }
+    }
+
+    /// Has `tell` told of every node that lost its setuid or setgid bit by a write, an allocation or a copy: their
+    /// answers hold no attributes from which the kernel could see it. Can be said once; `tell` must not block.
+    pub fn on_mode_changed(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
+        let _ = self.mode_changed.set(Box::new(tell));
     }
 
     /// The store below.

@@ -50,6 +50,8 @@ impl<B: Backing> Adapter<B> {
     /// # Errors
     /// If a thread cannot be started.
     pub(super) fn new(fs: EnvelopeFs<B>, o: &MountOptions, notifier: LateNotifier) -> io::Result<Self> {
+        let late = notifier.clone();
+        fs.on_mode_changed(move |node| forget_attributes(&late, INodeNo(node)));
         let seeks = if o.writeback { Some(Seeks::start(notifier)?) } else { None };
         let ttl = Duration::from_secs(o.cache_seconds.into());
         Ok(Self { fs: Arc::new(fs), ttl, seeks, max_background: o.max_background })
@@ -98,6 +100,14 @@ fn run_on<B: Backing, R>(
             Err(Errno::from_i32(failed(Report { operation, node: node.0, file: file.as_deref() }, &e)))
         }
         Err(_) => Err(Errno::from_i32(panicked(operation, node.0))),
+    }
+}
+
+/// Has the kernel ask for the attributes of `node` anew; its pages stay. The kernel takes this at any time, also while
+/// it waits for the answer to a write.
+fn forget_attributes(notifier: &LateNotifier, node: INodeNo) {
+    if let Some(Err(e)) = notifier.get().map(|n| n.inval_inode(node, -1, 0)) {
+        tracing::warn!("the kernel was not told of a changed mode: {e}");
     }
 }
 

@@ -293,3 +293,27 @@ fn unprivileged_daemon() {
     assert_eq!(fs::read(m.path("w")).unwrap()[5000], b'!');
     assert!(fs::read(m.path("n")).unwrap() == noise(1, 10_000));
 }
+
+/// The kernel keeps the mode for long, and the answer to a write does not hold it. Who asks for more than the mode, as
+/// stat(2) does, has the kernel ask for everything, as the size may have changed; execve(2) does not.
+#[test]
+fn setuid_bits_that_a_write_dropped_are_seen_to_be_gone_by_who_asks_for_the_mode_alone() {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    let mode = |f: &PathBuf| u32::from(statx(CWD, f, AtFlags::empty(), StatxFlags::MODE).unwrap().stx_mode) & 0o7777;
+    needs_root!();
+    let m = open_to_all();
+    let f = m.path("f");
+    fs::write(&f, "content").unwrap();
+    chown(&f, Some(NOBODY), Some(NOBODY)).unwrap();
+    for write in [
+        "dd if=/dev/zero of=f bs=4096 count=1 oflag=direct conv=notrunc status=none",
+        "printf x >> f",
+        "fallocate -l 20000 f",
+        "fallocate -p -l 4096 f",
+    ] {
+        fs::set_permissions(&f, fs::Permissions::from_mode(0o6775)).unwrap();
+        assert_eq!(mode(&f), 0o6775);
+        assert!(as_user(NOBODY, &m.path(""), write).status.success(), "{write}");
+        assert_eq!(mode(&f), 0o775, "{write}");
+    }
+}

@@ -469,7 +469,7 @@ proptest! {
         let before = model.tree();
         let mut next = model.clone();
         let after = if next.run(&victim).is_ok() { next.tree() } else { before.clone() };
-        m.disk.stop_after(stop);
+        m.disk.stop_after(m.disk.operations() + stop);
         let done = m.run(&victim).is_ok() && !m.disk.is_stopped();
         m.disk = m.disk.crash_process();
         m.store = mount(&m.disk, &m.root_key).unwrap();

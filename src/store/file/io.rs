@@ -8,7 +8,7 @@ use crate::crypto::random;
 use crate::format::damage::Damage;
 use crate::format::geometry::{self, BLOCK, PAGE, PLAIN_MAX, SEGMENT_BLOCKS, SegmentRange};
 use crate::format::header::Slot;
-use crate::format::state::{self, CLEAN, Entry, FileState, SegmentState};
+use crate::format::state::{self, CLEAN, Entry, FileState, SegmentState, TRUNCATING};
 use crate::store::error::{Result, StoreError};
 use crate::store::header;
 use std::cell::RefCell;
@@ -175,9 +175,9 @@ impl<B: Backing> FileCore<B> {
             None => self.create_header(inner)?,
         };
         self.finish_pending_cut(inner, &keys)?;
-        if inner.clean {
-            self.change_file_state(inner, &keys, |f| f.flags &= !CLEAN)?;
-            inner.clean = false;
+        if inner.clean || inner.truncating {
+            self.change_file_state(inner, &keys, |f| f.flags &= !(CLEAN | TRUNCATING))?;
+            (inner.clean, inner.truncating) = (false, false);
             inner.unclean_durable = false;
             inner.changes += 1;
         }
@@ -224,7 +224,8 @@ impl<B: Backing> FileCore<B> {
         self.put_segment0(l);
         self.set_recovering(false);
         inner.keys = Some(Arc::clone(&keys));
-        (inner.clean, inner.sparse, inner.promised, inner.unclean_durable) = (false, false, false, false);
+        (inner.clean, inner.sparse, inner.truncating) = (false, false, false);
+        (inner.promised, inner.unclean_durable) = (false, false);
         Ok(keys)
     }
 

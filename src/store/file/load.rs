@@ -56,7 +56,7 @@ impl<B: Backing> FileCore<B> {
         (inner.dev, inner.ino) = (st.dev, st.ino);
         inner.size = geometry::plain_size(st.size);
         inner.access = access;
-        (inner.clean, inner.sparse, inner.unclean_durable) = (false, false, false);
+        (inner.clean, inner.sparse, inner.truncating, inner.unclean_durable) = (false, false, false, false);
         (inner.promised, inner.resized, inner.tail_on_disk, inner.keys) = (false, false, None, None);
         inner.cut_pending = false;
         self.segments.clear();
@@ -103,6 +103,7 @@ impl<B: Backing> FileCore<B> {
         let (mut loaded, older) = copies.choose()?;
         let sealed = loaded.state.file;
         inner.sparse = sealed.has(SPARSE);
+        inner.truncating = sealed.has(TRUNCATING);
         match judge(sealed, backing_size)? {
             Verdict::Clean => inner.clean = true,
             Verdict::Unclean => self.set_recovering(true),

@@ -76,6 +76,9 @@ struct Inner<B: Backing> {
     clean: bool,
     /// Whole segments may be absent.
     sparse: bool,
+    /// The newest state of segment 0 on disk says TRUNCATING: it must not before the file grows, or the next open would
+    /// cut off what was added.
+    truncating: bool,
     /// A cleared CLEAN is known to be durable, so the size may change without the old promise outliving the change.
     unclean_durable: bool,
     /// The file holds content that an fsync or an earlier session may have promised to somebody.
@@ -120,6 +123,7 @@ impl<B: Backing> FileCore<B> {
                 keys: None,
                 clean: false,
                 sparse: false,
+                truncating: false,
                 unclean_durable: false,
                 promised: false,
                 resized: false,

@@ -360,7 +360,9 @@ impl<B: Backing> FileCore<B> {
         inner.resized = true;
         self.segments.forget_from(geometry::segment_count(len));
         self.barrier_if_promised(inner)?;
-        self.change_file_state(inner, keys, |f| f.flags &= !TRUNCATING)
+        self.change_file_state(inner, keys, |f| f.flags &= !TRUNCATING)?;
+        inner.truncating = false;
+        Ok(())
     }
 
     /// An open that finds a begun shrink to `len`: finishes it, or, where nothing may be written, reads as if it were.

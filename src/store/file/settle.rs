@@ -8,7 +8,7 @@
 use super::{FileCore, FileKeys, Inner};
 use crate::backing::Backing;
 use crate::format::geometry;
-use crate::format::state::CLEAN;
+use crate::format::state::{CLEAN, TRUNCATING};
 use crate::store::error::{Result, StoreError};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -134,7 +134,7 @@ impl<B: Backing> FileCore<B> {
             }
             self.change_file_state(inner, keys, |f| {
                 f.length = length;
-                f.flags |= CLEAN;
+                f.flags = f.flags & !TRUNCATING | CLEAN;
             })
         });
         // Also after an error the flag may stand on disk: the next change clears it before anything else.

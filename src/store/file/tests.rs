@@ -249,7 +249,7 @@ fn kill_during(
         }
         copy.operations() - at
     };
-    disk.stop_after(((cost + 2) as f64 * stop) as u64);
+    disk.stop_after(disk.operations() + ((cost + 2) as f64 * stop) as u64);
     let _ = rig.run(victim);
     drop(rig);
     let mut new = old.to_vec();
@@ -259,7 +259,7 @@ fn kill_during(
     // A second death while the first one's remains are being written over.
     let Ok(mut rig) = Rig::new(&dead) else { return Err(TestCaseError::fail("does not open for writing")) };
     prop_assert!(read_all(rig.open()).unwrap() == seen, "opening for writing changed what is read");
-    dead.stop_after((12.0 * stop2) as u64);
+    dead.stop_after(dead.operations() + (12.0 * stop2) as u64);
     let _ = rig.run(again);
     drop(rig);
     let mut newer = seen.clone();
@@ -327,7 +327,7 @@ fn every_stop_of_every_shape_of_change() {
             }
             let mut new = old.clone();
             model(&mut new, victim);
-            disk.stop_after(stop);
+            disk.stop_after(disk.operations() + stop);
             let done = rig.run(victim).is_ok();
             drop(rig);
             check_blocks(&disk.crash_process(), &old, &new).unwrap_or_else(|e| panic!("{victim:?} stop {stop}: {e}"));
@@ -467,7 +467,7 @@ fn finishing_a_shrink_onto_a_hole_forgets_what_was_cut_off() {
     let mut rig = Rig::new(&disk).unwrap();
     rig.run(&Op::Write { at: 655_359, len: 2, fill: 0 }).unwrap();
     rig.run(&Op::Write { at: 8192, len: 1, fill: 0 }).unwrap();
-    disk.stop_after(1);
+    disk.stop_after(disk.operations() + 1);
     rig.run(&Op::SetLen(1)).unwrap_err();
     drop(rig);
     let dead = disk.crash_process();
@@ -519,4 +519,37 @@ fn a_clean_flag_whose_write_was_reported_failed_is_cleared_before_the_next_chang
     rig.open().write(5000, &[2; 5000]).unwrap();
     let got = content(&disk.crash_process(), false).unwrap();
     assert_eq!(got.len(), 10_000);
+}
+
+/// A daemon killed after it had cut a file, but before the state said so, left TRUNCATING in the state. Nobody cleared
+/// it, so that everything appended later was cut off when the daemon was killed again.
+#[test]
+fn a_file_that_grows_after_an_interrupted_shrink_is_not_cut_again() {
+    for (settled, synced) in [(false, false), (true, false), (false, true)] {
+        for stop in 0..8 {
+            let disk = new_disk();
+            let mut rig = Rig::new(&disk).unwrap();
+            rig.run(&Op::Write { at: 0, len: 20_000, fill: 1 }).unwrap();
+            rig.run(&Op::Reopen { settle: true }).unwrap();
+            disk.stop_after(disk.operations() + stop);
+            let _ = rig.run(&Op::SetLen(5000));
+            drop(rig);
+            let dead = disk.crash_process();
+            let mut rig = Rig::new(&dead).unwrap();
+            let mut want = read_all(rig.open()).unwrap();
+            if settled {
+                rig.run(&Op::Reopen { settle: true }).unwrap();
+            }
+            let more = Op::Write { at: want.len() as u64, len: 50_000, fill: 2 };
+            rig.run(&more).unwrap();
+            model(&mut want, &more);
+            if synced {
+                rig.run(&Op::Sync).unwrap();
+            }
+            // Without a sync the program is killed, with one the power is cut.
+            let again = if synced { dead.crash_power(stop, PowerCut::Lose) } else { dead.crash_process() };
+            drop(rig);
+            assert!(content(&again, false).unwrap() == want, "settled {settled}, synced {synced}, stop {stop}");
+        }
+    }
 }

@@ -258,18 +258,33 @@ class Golden(unittest.TestCase):
             top = os.path.join(folder, version)
             with open(os.path.join(top, "manifest.json"), encoding="utf-8") as f:
                 want = json.load(f)
-            store, found = r.Store(os.path.join(top, "store"), [r.KeyFile(os.path.join(top, "root.key"))]), {}
-            for path, at, st in store.walk():
-                if stat.S_ISDIR(st.st_mode):
-                    entry = {"directory": True}
-                elif stat.S_ISLNK(st.st_mode):
-                    entry = {"link": os.fsdecode(store.readlink(at))}
-                else:
-                    with store.open(at) as f:
-                        content = b"".join(f.blocks())
-                    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                found[os.fsdecode(path)] = entry
-            self.assertEqual(found, want)
+            roots = [[r.KeyFile(os.path.join(top, "root.key"))]]
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(top, "passphrase"), "rb") as f:
+                roots.append([r.Passphrase(f.read())])
+            for root in roots:
+                with self.subTest(version=version, root=root[0].scheme):
+                    self.assertEqual(self.described(top, r.Store(os.path.join(top, "store"), root)), want)
+
+    def described(self, top, store):
+        """What the manifest says. Version control keeps no extended attributes: they are in xattrs.json."""
+        found, xattrs = {}, {}
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(top, "xattrs.json"), encoding="utf-8") as f:
+            xattrs = json.load(f)
+        for path, at, st in store.walk():
+            if stat.S_ISDIR(st.st_mode):
+                entry = {"directory": True}
+            elif stat.S_ISLNK(st.st_mode):
+                entry = {"link": os.fsdecode(store.readlink(at))}
+            else:
+                with store.open(at) as f:
+                    content = b"".join(f.blocks())
+                entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            sealed = xattrs.get(os.path.relpath(os.fsdecode(at), os.path.join(top, "store")), {})
+            opened = [store.xattr(os.fsencode(name), bytes.fromhex(value)) for name, value in sealed.items()]
+            if opened:
+                entry["xattrs"] = {os.fsdecode(name): value.hex() for name, value in opened}
+            found[os.fsdecode(path)] = entry
+        return found
 
 
 def kill_daemon(backing):

@@ -39,7 +39,7 @@ impl Secrets {
 
         let uri = RootKeyUri::parse(&format!("keyfile:{}", b.path("key").display())).unwrap();
         let provider = connect(&uri, &ConnectOptions::default(), false).unwrap();
-        let backing = Posix::open(&b.path("back")).unwrap();
+        let backing = Posix::open(b.path("back")).unwrap();
         let keys = Keys::open(&backing, std::slice::from_ref(&provider)).unwrap();
         let secret = keys.secret().secret();
         found.add("store secret", secret.expose());
@@ -76,7 +76,7 @@ fn for_each_file(dir: &Path, keys: &Keys, each: &mut dyn FnMut(&Slot, &Secret32)
             let bytes = fs::read(e.path()).unwrap();
             let header = SlotPair::decode(&bytes).and_then(|p| p.authoritative().map(|(_, s)| s.clone()));
             if let Ok(slot) = header {
-                let dek = unwrap_slot(&*keys.kek(slot.kek).unwrap(), &slot).unwrap();
+                let dek = unwrap_slot(&keys.kek(slot.kek).unwrap(), &slot).unwrap();
                 each(&slot, dek.secret());
             }
         }
@@ -192,7 +192,7 @@ fn assert_none(when: &str, pid: i32, secrets: &Secrets) {
 fn file_keys(b: &Bench) -> Secrets {
     let uri = RootKeyUri::parse(&format!("keyfile:{}", b.path("key").display())).unwrap();
     let provider = connect(&uri, &ConnectOptions::default(), false).unwrap();
-    let keys = Keys::open(&Posix::open(&b.path("back")).unwrap(), &[provider]).unwrap();
+    let keys = Keys::open(&Posix::open(b.path("back")).unwrap(), &[provider]).unwrap();
     let mut found = Secrets::default();
     for_each_file(&b.path("back"), &keys, &mut |slot, dek| {
         for label in [label::CONTENT, label::STATE] {
@@ -264,7 +264,7 @@ fn no_passphrase_lies_outside_the_arena() {
     fs::write(b.path("mnt/f"), b"content").unwrap();
     let mut secrets = Secrets::default();
     secrets.add("passphrase", passphrase);
-    let ring = Keys::read_keyring(&Posix::open(&b.path("back")).unwrap()).unwrap();
+    let ring = Keys::read_keyring(&Posix::open(b.path("back")).unwrap()).unwrap();
     let mut wraps: Vec<&[u8]> = ring.secret.iter().map(|w| &w.bytes[..]).collect();
     wraps.extend(ring.keks.iter().flat_map(|k| &k.wraps).map(|w| &w.bytes[..]));
     for blob in wraps {

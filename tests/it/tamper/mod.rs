@@ -196,7 +196,7 @@ impl World {
     /// A file's DEK.
     fn dek(&self, name: &str) -> Dek {
         let slot = self.slots(name).a.unwrap();
-        store_header::unwrap_slot(&*self.keys().kek(slot.kek).unwrap(), &slot).unwrap()
+        store_header::unwrap_slot(&self.keys().kek(slot.kek).unwrap(), &slot).unwrap()
     }
 
     fn put_slots(&self, name: &str, a: &Slot, b: &Slot) {

@@ -57,6 +57,14 @@ fn blocks_swapped_between_files() {
 }
 
 #[test]
+fn a_block_of_another_store() {
+    let (w, other) = (World::new(), World::build());
+    w.put("small", at_block(3), &other.raw("small")[at_block(3) as usize..][..4096]);
+    assert_eq!(w.look("small"), bad("block-auth", [3]));
+    w.others_are_fine(&["small"]);
+}
+
+#[test]
 fn a_block_with_its_state_from_another_file() {
     let w = World::new();
     let two = w.raw("small too");

@@ -38,7 +38,7 @@ impl<B: Backing> OpenFile<B> {
     /// # Errors
     /// [`Damage::BlockAuth`] and the other damages of the range read; other blocks stay readable.
     pub fn read(&self, off: u64, buf: &mut [u8]) -> Result<usize> {
-        let inner = self.read_lock();
+        let inner = self.read_lock()?;
         let n = inner.size.saturating_sub(off).min(buf.len() as u64) as usize;
         let (Some(buf), Some(keys)) = (buf.get_mut(..n), inner.keys.as_deref()) else { return Ok(0) };
         if n == 0 {
@@ -69,7 +69,7 @@ impl<B: Backing> OpenFile<B> {
         let end = off.checked_add(data.len() as u64).filter(|e| *e <= PLAIN_MAX).ok_or(StoreError::TooLarge)?;
         let patch = Patch { at: off, data };
         {
-            let inner = self.read_lock();
+            let inner = self.read_lock()?;
             let settled = !inner.clean && !inner.cut_pending;
             if let (true, true, Some(keys)) = (end <= inner.size, settled, inner.keys.as_deref()) {
                 let _times = self.core.shared.inode_locks.shared(inner.dev, inner.ino);
@@ -77,8 +77,7 @@ impl<B: Backing> OpenFile<B> {
                 return Ok(data.len());
             }
         }
-        let mut inner = self.core.inner.write();
-        self.core.write_exclusive(&mut inner, patch)?;
+        self.change(|core, inner| core.write_exclusive(inner, patch))?;
         Ok(data.len())
     }
 }
@@ -148,22 +147,9 @@ impl<B: Backing> FileCore<B> {
         }
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
         let size = inner.size.max(patch.end());
-        let r = self.write_range(inner, &keys, patch, size);
-        self.settle_size(inner, size, r)
-    }
-
-    /// Takes over the new size after a change, or finds out what the size is if the change failed half-way.
-    pub(super) fn settle_size(&self, inner: &mut Inner<B>, size: u64, r: Result<()>) -> Result<()> {
-        if r.is_err() {
-            let st = self.shared.backing.stat_file(inner.backing_file()?)?;
-            inner.size = geometry::plain_size(st.size);
-            // Entries of blocks that never came to be lie beyond the end; reading the states again drops them.
-            self.segments.clear();
-            self.set_recovering(true);
-        } else {
-            inner.size = size;
-        }
-        r
+        self.write_range(inner, &keys, patch, size)?;
+        inner.size = size;
+        Ok(())
     }
 
     /// What must be on disk before a file's content changes: a header, and CLEAN cleared. Before the *size* of a file

@@ -58,6 +58,7 @@ impl<B: Backing> FileCore<B> {
         inner.access = access;
         (inner.clean, inner.sparse, inner.truncating, inner.unclean_durable) = (false, false, false, false);
         (inner.promised, inner.resized, inner.tail_on_disk, inner.keys) = (false, false, None, None);
+        inner.stale = false;
         inner.cut_pending = false;
         self.segments.clear();
         self.set_recovering(false);
@@ -87,6 +88,44 @@ impl<B: Backing> FileCore<B> {
             log_damage(&keys, d);
         }
         r
+    }
+
+    /// After a change that failed half-way: what the disk has now is found out as after a crash, at once or before the
+    /// next use. The caller holds no other lock of the file.
+    pub(super) fn after_change(&self, inner: &mut Inner<B>, r: Result<()>) -> Result<()> {
+        if r.is_err() {
+            inner.stale = true;
+            inner.changes += 1;
+            if let Err(e) = self.refresh(inner) {
+                tracing::debug!("a file cannot be read again after an error: {e}");
+            }
+        }
+        r
+    }
+
+    /// Reads size and first state again if they may have changed on disk without our knowledge. On error nothing is
+    /// taken over but the need to try again.
+    pub(super) fn refresh(&self, inner: &mut Inner<B>) -> Result<()> {
+        if !inner.stale {
+            return Ok(());
+        }
+        let file = Arc::clone(inner.backing_file()?);
+        let backing_size = self.shared.backing.stat_file(&file)?.size;
+        let mut page = [0u8; PAGE as usize];
+        let n = backing::read_into(&self.shared.backing, &file, &mut page, 0)?;
+        self.segments.clear();
+        self.set_recovering(false);
+        inner.size = geometry::plain_size(backing_size);
+        inner.changes += 1;
+        (inner.clean, inner.sparse, inner.truncating, inner.unclean_durable) = (false, false, false, false);
+        (inner.resized, inner.tail_on_disk, inner.cut_pending) = (true, None, false);
+        match inner.keys.clone() {
+            Some(keys) if n > 0 => self.load_state(inner, &keys, &mut page, backing_size, inner.access)?,
+            // Emptied, or the first page was not made: the next write makes another.
+            _ => inner.keys = None,
+        }
+        inner.stale = false;
+        Ok(())
     }
 
     fn load_state(

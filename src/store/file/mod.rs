@@ -94,6 +94,8 @@ struct Inner<B: Backing> {
     cut_pending: bool,
     /// Waits in the settle queue.
     settling: bool,
+    /// A change failed half-way and what is here may not be what the disk has: to be read again before any use.
+    stale: bool,
 }
 
 /// One regular inode's content.
@@ -131,6 +133,7 @@ impl<B: Backing> FileCore<B> {
                 tail_on_disk: None,
                 cut_pending: false,
                 settling: false,
+                stale: false,
             }),
             segments: Segments::new(),
             recovering: AtomicBool::new(false),
@@ -176,10 +179,12 @@ impl<B: Backing> FileCore<B> {
             let file = self.shared.backing.open(&self.node, access)?;
             inner.file = Some(Arc::new(file));
             inner.access = access;
-            if self.is_recovering() {
-                // What a crash left was settled in memory only while nobody could write.
-                self.segments.clear();
-            }
+            // What a crash left was settled in memory only while nobody could write.
+            inner.stale |= self.is_recovering();
+        }
+        if let Err(e) = self.refresh(&mut inner) {
+            self.close_if_unused(&mut inner);
+            return Err(e);
         }
         if writer && inner.keys.as_ref().is_some_and(|k| !k.writable) {
             self.close_if_unused(&mut inner);
@@ -259,7 +264,11 @@ impl<B: Backing> OpenFile<B> {
 
     /// Plaintext size in bytes.
     pub fn len(&self) -> u64 {
-        self.core.inner.read().size
+        match self.read_lock() {
+            Ok(inner) => inner.size,
+            // As it was before the change that failed.
+            Err(_) => self.core.inner.read().size,
+        }
     }
 
     /// Whether the file is empty.
@@ -272,7 +281,7 @@ impl<B: Backing> OpenFile<B> {
     /// # Errors
     /// The backing directory's.
     pub fn stat(&self) -> Result<Stat> {
-        let inner = self.core.inner.read();
+        let inner = self.read_lock()?;
         Ok(self.core.shared.backing.stat_file(inner.backing_file()?)?)
     }
 
@@ -280,8 +289,24 @@ impl<B: Backing> OpenFile<B> {
         if self.writer { Ok(()) } else { Err(StoreError::NotPermitted) }
     }
 
-    fn read_lock(&self) -> RwLockReadGuard<'_, Inner<B>> {
-        self.core.inner.read()
+    /// The file's lock, shared, with what is known of the file up to date.
+    fn read_lock(&self) -> Result<RwLockReadGuard<'_, Inner<B>>> {
+        loop {
+            let inner = self.core.inner.read();
+            if !inner.stale {
+                return Ok(inner);
+            }
+            drop(inner);
+            self.core.refresh(&mut self.core.inner.write())?;
+        }
+    }
+
+    /// Runs a change with the file's lock held exclusively.
+    fn change(&self, f: impl FnOnce(&FileCore<B>, &mut Inner<B>) -> Result<()>) -> Result<()> {
+        let mut inner = self.core.inner.write();
+        self.core.refresh(&mut inner)?;
+        let r = f(&self.core, &mut inner);
+        self.core.after_change(&mut inner, r)
     }
 }
 

@@ -36,8 +36,7 @@ impl<B: Backing> OpenFile<B> {
         if len > PLAIN_MAX {
             return Err(StoreError::TooLarge);
         }
-        let mut inner = self.core.inner.write();
-        self.core.resize(&mut inner, len)
+        self.change(|core, inner| core.resize(inner, len))
     }
 
     /// fallocate(2).
@@ -50,21 +49,19 @@ impl<B: Backing> OpenFile<B> {
         if len == 0 {
             return Err(StoreError::Invalid);
         }
-        let core = &self.core;
-        let mut inner = core.inner.write();
-        match mode {
-            FileAllocate::PunchHole => core.punch(&mut inner, off, end),
-            FileAllocate::KeepSize => core.reserve(&mut inner, off, end),
+        self.change(|core, inner| match mode {
+            FileAllocate::PunchHole => core.punch(inner, off, end),
+            FileAllocate::KeepSize => core.reserve(inner, off, end),
             FileAllocate::Default => {
-                core.reserve(&mut inner, off, end)?;
-                if end > inner.size { core.resize(&mut inner, end) } else { Ok(()) }
+                core.reserve(inner, off, end)?;
+                if end > inner.size { core.resize(inner, end) } else { Ok(()) }
             }
             FileAllocate::ZeroRange { keep_size } => {
-                core.punch(&mut inner, off, end)?;
-                core.reserve(&mut inner, off, end)?;
-                if end > inner.size && !keep_size { core.resize(&mut inner, end) } else { Ok(()) }
+                core.punch(inner, off, end)?;
+                core.reserve(inner, off, end)?;
+                if end > inner.size && !keep_size { core.resize(inner, end) } else { Ok(()) }
             }
-        }
+        })
     }
 
     /// lseek(2) with `SEEK_DATA` (`data`) or `SEEK_HOLE`.
@@ -72,7 +69,7 @@ impl<B: Backing> OpenFile<B> {
     /// # Errors
     /// [`StoreError::NoSuchOffset`] at or beyond the end, or if there is no data after `off`.
     pub fn seek(&self, off: u64, data: bool) -> Result<u64> {
-        let inner = self.read_lock();
+        let inner = self.read_lock()?;
         if off >= inner.size {
             return Err(StoreError::NoSuchOffset);
         }
@@ -105,7 +102,7 @@ impl<B: Backing> OpenFile<B> {
     pub fn sync(&self) -> Result<()> {
         let core = &self.core;
         let synced = {
-            let inner = self.read_lock();
+            let inner = self.read_lock()?;
             core.shared.backing.sync_file(inner.backing_file()?)?;
             (inner.size, inner.changes)
         };
@@ -117,7 +114,8 @@ impl<B: Backing> OpenFile<B> {
         if inner.changes == changes {
             inner.resized = false;
             inner.unclean_durable = !inner.clean;
-            core.raise_sealed_length(&inner, &keys, size)?;
+            let r = core.raise_sealed_length(&inner, &keys, size);
+            core.after_change(&mut inner, r)?;
         }
         Ok(())
     }
@@ -205,9 +203,10 @@ impl<B: Backing> FileCore<B> {
     /// at no instant does a block have a length on disk that neither of its entries was sealed for.
     pub(super) fn extend(&self, inner: &mut Inner<B>, keys: &FileKeys, to: u64) -> Result<()> {
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
-        let r = self.fill_last_block(inner, keys, to).and_then(|()| self.extend_with_hole(inner, keys, to));
-        let size = if r.is_ok() { to } else { inner.size };
-        self.settle_size(inner, size, r)
+        self.fill_last_block(inner, keys, to)?;
+        self.extend_with_hole(inner, keys, to)?;
+        inner.size = to;
+        Ok(())
     }
 
     fn fill_last_block(&self, inner: &mut Inner<B>, keys: &FileKeys, to: u64) -> Result<()> {
@@ -242,40 +241,17 @@ impl<B: Backing> FileCore<B> {
         let Some(keys) = inner.keys.clone() else { return Err(StoreError::Invalid) };
         self.finish_pending_cut(inner, &keys)?;
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
-        let r = self.shrink_to(inner, &keys, len);
-        if r.is_err() {
-            self.after_failed_shrink(inner, &keys);
-        }
-        r
-    }
-
-    fn shrink_to(&self, inner: &mut Inner<B>, keys: &FileKeys, len: u64) -> Result<()> {
         // Whatever becomes of this write, CLEAN may be gone and the next change must not rely on it.
         inner.changes += 1;
-        self.change_file_state(inner, keys, |f| {
+        self.change_file_state(inner, &keys, |f| {
             f.length = len;
             f.flags = f.flags & !CLEAN | TRUNCATING;
         })?;
-        inner.clean = false;
+        (inner.clean, inner.truncating) = (false, true);
         self.barrier_if_promised(inner)?;
         inner.unclean_durable = inner.promised;
-        self.reseal_last(inner, keys, len, false)?;
-        self.cut(inner, keys, len)
-    }
-
-    /// Finds out from the disk how far a failed shrink came. Once TRUNCATING stands there, the file has its new length
-    /// for good: a crash would finish the shrink, so nothing may be built on the old length.
-    fn after_failed_shrink(&self, inner: &mut Inner<B>, keys: &FileKeys) {
-        self.segments.clear();
-        self.set_recovering(true);
-        let Ok(st) = inner.backing_file().and_then(|f| Ok(self.shared.backing.stat_file(f)?)) else { return };
-        inner.size = geometry::plain_size(st.size);
-        let Ok(sealed) = self.with_segment(inner, keys, 0, |l| Ok(l.state.file)) else { return };
-        if sealed.has(TRUNCATING) && sealed.length > 0 && sealed.length <= inner.size {
-            inner.cut_pending = true;
-            // If even that cannot be read, the last block fails when it is read, and nothing else.
-            let _ = self.look_as_if_cut(inner, keys, sealed.length);
-        }
+        self.reseal_last(inner, &keys, len, false)?;
+        self.cut(inner, &keys, len)
     }
 
     /// Reads from now on as if the shrink to `len` were finished.
@@ -300,13 +276,9 @@ impl<B: Backing> FileCore<B> {
         self.segments.clear();
         self.set_recovering(true);
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
-        let r = self.finish_cut(inner, keys, len);
-        if r.is_err() {
-            self.after_failed_shrink(inner, keys);
-        } else {
-            inner.cut_pending = false;
-        }
-        r
+        self.finish_cut(inner, keys, len)?;
+        inner.cut_pending = false;
+        Ok(())
     }
 
     /// The rest of a shrink whose TRUNCATING stands in the state.
@@ -390,7 +362,9 @@ impl<B: Backing> FileCore<B> {
         if len == 0 {
             return if writable { self.make_empty(inner) } else { Err(StoreError::ReadOnly) };
         }
-        if !writable {
+        // If cutting failed just now, reading goes on and the next change tries again.
+        inner.cut_pending = writable && inner.stale;
+        if !writable || inner.cut_pending {
             return self.look_as_if_cut(inner, keys, len);
         }
         tracing::info!(file = %keys.file, "finishing a truncation to {len} bytes that was interrupted");

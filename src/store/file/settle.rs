@@ -102,7 +102,12 @@ impl<B: Backing> FileCore<B> {
 
     fn mark_clean_or_log(&self, inner: &mut Inner<B>) {
         let Some(keys) = inner.keys.clone() else { return };
-        if let Err(e) = self.mark_clean(inner, &keys) {
+        // The flag may be on disk although setting it failed, so that it must be known before the next change.
+        let r = self.refresh(inner).and_then(|()| {
+            let r = if inner.clean || inner.keys.is_none() { Ok(()) } else { self.mark_clean(inner, &keys) };
+            self.after_change(inner, r)
+        });
+        if let Err(e) = r {
             tracing::warn!(file = %keys.file, "file stays marked as not closed cleanly: {e}");
         }
     }

@@ -1,6 +1,8 @@
 //! Tests of files over a simulated disk: against a model, with the daemon killed after every single backing
 //! operation, and with the power cut.
 
+mod faults;
+
 use super::*;
 use crate::backing::sim::{PowerCut, SimDisk, SimOptions};
 use crate::crypto::random;

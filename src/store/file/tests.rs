@@ -516,6 +516,8 @@ fn a_clean_flag_whose_write_was_reported_failed_is_cleared_before_the_next_chang
     let disk = new_disk();
     let mut rig = Rig::new(&disk).unwrap();
     rig.open().write(0, &[1; 5000]).unwrap();
+    // A reader keeps the file open, so that nothing is read anew.
+    let _reader = rig.core.open(Access::Read).unwrap();
     disk.fail_next(Some(Raw::SetTimes), 0, libc::EIO);
     rig.run(&Op::Reopen { settle: false }).unwrap();
     rig.open().write(5000, &[2; 5000]).unwrap();

@@ -17,6 +17,57 @@ use std::sync::Arc;
 thread_local! {
     /// Ciphertext on its way to or from disk, one segment's at most; kept so that no request allocates.
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// What a large write seals before it takes a lock.
+    static AHEAD: RefCell<SealBuffer> = const { RefCell::new(SealBuffer { data: Vec::new(), entries: Vec::new() }) };
+}
+
+/// Writes of at least this many bytes seal their whole blocks before they wait for any lock, so that two writers of one
+/// file encrypt at the same time. Below it the edges that cannot be sealed so early are most of the work.
+const AHEAD_MIN: usize = 64 << 10;
+
+struct SealBuffer {
+    data: Vec<u8>,
+    entries: Vec<Entry>,
+}
+
+/// Whole blocks sealed before any lock was taken: a block's ciphertext depends on nothing but the keys, its number and
+/// its new content.
+#[derive(Clone, Copy)]
+pub(super) struct SealedAhead<'a> {
+    keys: &'a Arc<FileKeys>,
+    first: u64,
+    entries: &'a [Entry],
+    data: &'a [u8],
+}
+
+impl<'a> SealedAhead<'a> {
+    fn new(keys: &'a Arc<FileKeys>, patch: Patch<'_>, buf: &'a mut SealBuffer) -> Option<Self> {
+        let (first, end) = (patch.at.div_ceil(PAGE), patch.end() / PAGE);
+        if first >= end || patch.data.len() < AHEAD_MIN {
+            return None;
+        }
+        let skip = (first * PAGE - patch.at) as usize;
+        let whole = patch.data.get(skip..skip + ((end - first) * PAGE) as usize)?;
+        buf.data.clear();
+        buf.data.extend_from_slice(whole);
+        buf.entries.clear();
+        for r in geometry::by_segment(first, end) {
+            let from = ((r.first - first) * PAGE) as usize;
+            let part = buf.data.get_mut(from..from + ((r.end - r.first) * PAGE) as usize)?;
+            seal_blocks(keys, r, part, |_, e| buf.entries.push(e));
+        }
+        Some(Self { keys, first, entries: &buf.entries, data: &buf.data })
+    }
+
+    /// The blocks of `r` that are sealed: their range, entries and ciphertext.
+    fn part(&self, r: SegmentRange) -> Option<(SegmentRange, &'a [Entry], &'a [u8])> {
+        let first = r.first.max(self.first);
+        let end = r.end.min(self.first + self.entries.len() as u64);
+        let (from, to) = (first.checked_sub(self.first)? as usize, end.checked_sub(self.first)? as usize);
+        let entries = self.entries.get(from..to).filter(|e| !e.is_empty())?;
+        let data = self.data.get(from * BLOCK..to * BLOCK)?;
+        Some((SegmentRange { segment: r.segment, first, end }, entries, data))
+    }
 }
 
 /// A change to a byte range: the bytes to put there, or zeros.
@@ -68,17 +119,24 @@ impl<B: Backing> OpenFile<B> {
         }
         let end = off.checked_add(data.len() as u64).filter(|e| *e <= PLAIN_MAX).ok_or(StoreError::TooLarge)?;
         let patch = Patch { at: off, data };
+        let keys = self.read_lock()?.keys.clone();
+        AHEAD.with_borrow_mut(|buf| {
+            let ahead = keys.as_ref().and_then(|k| SealedAhead::new(k, patch, buf));
+            self.write_patch(patch, end, ahead)
+        })?;
+        Ok(data.len())
+    }
+
+    fn write_patch(&self, patch: Patch<'_>, end: u64, ahead: Option<SealedAhead<'_>>) -> Result<()> {
         {
             let inner = self.read_lock()?;
             let settled = !inner.clean && !inner.cut_pending;
-            if let (true, true, Some(keys)) = (end <= inner.size, settled, inner.keys.as_deref()) {
+            if let (true, true, Some(keys)) = (end <= inner.size, settled, &inner.keys) {
                 let _times = self.core.shared.inode_locks.shared(inner.dev, inner.ino);
-                self.core.write_range(&inner, keys, patch, inner.size)?;
-                return Ok(data.len());
+                return self.core.write_range(&inner, keys, patch, ahead, inner.size);
             }
         }
-        self.change(|core, inner| core.write_exclusive(inner, patch))?;
-        Ok(data.len())
+        self.change(|core, inner| core.write_exclusive(inner, patch, ahead))
     }
 }
 
@@ -140,14 +198,14 @@ impl<B: Backing> FileCore<B> {
     }
 
     /// Writes with the file's lock held exclusively: makes the header, clears CLEAN, fills up to the patch.
-    pub(super) fn write_exclusive(&self, inner: &mut Inner<B>, patch: Patch<'_>) -> Result<()> {
+    fn write_exclusive(&self, inner: &mut Inner<B>, patch: Patch<'_>, ahead: Option<SealedAhead<'_>>) -> Result<()> {
         let keys = self.begin_change(inner, patch.end() > inner.size)?;
         if patch.at > inner.size {
             self.extend(inner, &keys, patch.at)?;
         }
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
         let size = inner.size.max(patch.end());
-        self.write_range(inner, &keys, patch, size)?;
+        self.write_range(inner, &keys, patch, ahead, size)?;
         inner.size = size;
         Ok(())
     }
@@ -216,9 +274,21 @@ impl<B: Backing> FileCore<B> {
     }
 
     /// Writes the patch. `size` is the plaintext size that results; the patch does not begin beyond the present one.
-    pub(super) fn write_range(&self, inner: &Inner<B>, keys: &FileKeys, patch: Patch<'_>, size: u64) -> Result<()> {
+    /// What was sealed `ahead` is used if the file still has the same keys.
+    pub(super) fn write_range(
+        &self,
+        inner: &Inner<B>,
+        keys: &Arc<FileKeys>,
+        patch: Patch<'_>,
+        ahead: Option<SealedAhead<'_>>,
+        size: u64,
+    ) -> Result<()> {
+        let ahead = ahead.filter(|a| Arc::ptr_eq(a.keys, keys));
         for r in geometry::by_segment(patch.at / PAGE, patch.end().div_ceil(PAGE)) {
-            self.with_segment_mut(inner, keys, r.segment, |l| self.write_segment(inner, keys, l, r, patch, size))?;
+            self.with_segment_mut(inner, keys, r.segment, |l| match ahead.and_then(|a| a.part(r)) {
+                Some(part) => self.write_sealed(inner, keys, l, r, part, patch, size),
+                None => self.write_segment(inner, keys, l, r, patch, size),
+            })?;
         }
         Ok(())
     }
@@ -234,16 +304,69 @@ impl<B: Backing> FileCore<B> {
         size: u64,
     ) -> Result<()> {
         SCRATCH.with_borrow_mut(|scratch| {
-            let last = geometry::block_len(r.end - 1, size);
-            scratch.resize((r.end - 1 - r.first) as usize * BLOCK + last, 0);
-            for (block, out) in (r.first..r.end).zip(scratch.chunks_mut(BLOCK)) {
-                self.compose(inner, keys, l, block, patch, out)?;
-            }
-            seal_blocks(keys, l, r, scratch);
+            self.compose_and_seal(inner, keys, l, r, patch, size, scratch)?;
             self.store_segment(inner, keys, r.segment, l)?;
             let at = geometry::block_offset(r.first);
             Ok(self.shared.backing.write_at(inner.backing_file()?, scratch, at)?)
         })
+    }
+
+    /// The same for a segment most of whose blocks are sealed already: only the edges remain.
+    #[allow(clippy::too_many_arguments, reason = "one step of write_range, with what it knows")]
+    fn write_sealed(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        l: &mut Loaded,
+        r: SegmentRange,
+        (done, entries, data): (SegmentRange, &[Entry], &[u8]),
+        patch: Patch<'_>,
+        size: u64,
+    ) -> Result<()> {
+        let first = geometry::first_block(r.segment);
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut edges = [Vec::new(), Vec::new()];
+            for (edge, (from, to)) in edges.iter_mut().zip([(r.first, done.first), (done.end, r.end)]) {
+                if from < to {
+                    let edge_range = SegmentRange { segment: r.segment, first: from, end: to };
+                    self.compose_and_seal(inner, keys, l, edge_range, patch, size, scratch)?;
+                    edge.extend_from_slice(scratch);
+                }
+            }
+            for (block, e) in (done.first..done.end).zip(entries) {
+                l.state.set((block - first) as usize, *e);
+            }
+            self.store_segment(inner, keys, r.segment, l)?;
+            let file = inner.backing_file()?;
+            let [head, tail] = &edges;
+            for (block, part) in [(r.first, &head[..]), (done.first, data), (done.end, &tail[..])] {
+                if !part.is_empty() {
+                    self.shared.backing.write_at(file, part, geometry::block_offset(block))?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one step of write_range, with what it knows")]
+    fn compose_and_seal(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        l: &mut Loaded,
+        r: SegmentRange,
+        patch: Patch<'_>,
+        size: u64,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        let last = geometry::block_len(r.end - 1, size);
+        out.resize((r.end - 1 - r.first) as usize * BLOCK + last, 0);
+        for (block, out) in (r.first..r.end).zip(out.chunks_mut(BLOCK)) {
+            self.compose(inner, keys, l, block, patch, out)?;
+        }
+        let first = geometry::first_block(r.segment);
+        seal_blocks(keys, r, out, |block, e| l.state.set((block - first) as usize, e));
+        Ok(())
     }
 
     /// The block's new plaintext: the patch over what was there, zeros where nothing was.
@@ -293,16 +416,15 @@ impl<B: Backing> FileCore<B> {
     }
 }
 
-/// Encrypts the blocks of `r` in place and puts their new entries into the state.
-pub(super) fn seal_blocks(keys: &FileKeys, l: &mut Loaded, r: SegmentRange, data: &mut [u8]) {
-    let first = geometry::first_block(r.segment);
+/// Encrypts the blocks of `r` in place and hands out their new entries.
+pub(super) fn seal_blocks(keys: &FileKeys, r: SegmentRange, data: &mut [u8], mut put: impl FnMut(u64, Entry)) {
     // One call to the kernel for all nonces of the request.
     let mut nonces = [0u8; NONCE_LEN * SEGMENT_BLOCKS as usize];
     let nonces = &mut nonces[..NONCE_LEN * (r.end - r.first) as usize];
     random::fill(nonces);
     for ((block, data), n) in (r.first..r.end).zip(data.chunks_mut(BLOCK)).zip(nonces.as_chunks::<NONCE_LEN>().0) {
         let tag = keys.content.seal(n, &state::block_aad(keys.file, block), data);
-        l.state.set((block - first) as usize, Entry { nonce: *n, tag });
+        put(block, Entry { nonce: *n, tag });
     }
 }
 

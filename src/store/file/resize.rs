@@ -201,7 +201,7 @@ impl<B: Backing> FileCore<B> {
 
     /// Grows the file to `to` with a hole. The last block is filled up with zeros first, while it still ends the file:
     /// at no instant does a block have a length on disk that neither of its entries was sealed for.
-    pub(super) fn extend(&self, inner: &mut Inner<B>, keys: &FileKeys, to: u64) -> Result<()> {
+    pub(super) fn extend(&self, inner: &mut Inner<B>, keys: &Arc<FileKeys>, to: u64) -> Result<()> {
         let _times = self.shared.inode_locks.shared(inner.dev, inner.ino);
         self.fill_last_block(inner, keys, to)?;
         self.extend_with_hole(inner, keys, to)?;
@@ -209,7 +209,7 @@ impl<B: Backing> FileCore<B> {
         Ok(())
     }
 
-    fn fill_last_block(&self, inner: &mut Inner<B>, keys: &FileKeys, to: u64) -> Result<()> {
+    fn fill_last_block(&self, inner: &mut Inner<B>, keys: &Arc<FileKeys>, to: u64) -> Result<()> {
         if inner.size.is_multiple_of(PAGE) {
             return Ok(());
         }
@@ -220,7 +220,7 @@ impl<B: Backing> FileCore<B> {
             return Ok(());
         }
         let filled = to.min((block + 1) * PAGE);
-        self.write_range(inner, keys, Patch { at: inner.size, data: &[] }, filled)?;
+        self.write_range(inner, keys, Patch { at: inner.size, data: &[] }, None, filled)?;
         inner.size = filled;
         Ok(())
     }
@@ -315,7 +315,8 @@ impl<B: Backing> FileCore<B> {
             let reseal = !done && shorter && !l.state.entry(index).is_hole();
             if reseal {
                 self.read_blocks_of_old(inner, keys, l, block, data)?;
-                seal_blocks(keys, l, SegmentRange { segment, first: block, end: block + 1 }, data);
+                let r = SegmentRange { segment, first: block, end: block + 1 };
+                seal_blocks(keys, r, data, |_, e| l.state.set(index, e));
             }
             drop_entries_behind(l, index);
             self.store_segment(inner, keys, segment, l)?;
@@ -399,7 +400,7 @@ impl<B: Backing> FileCore<B> {
         let zero = |from: u64, to: u64| {
             let n = to.saturating_sub(from) as usize;
             let patch = Patch { at: from, data: zeros.get(..n).unwrap_or(&zeros) };
-            if n == 0 { Ok(()) } else { self.write_range(inner, &keys, patch, inner.size) }
+            if n == 0 { Ok(()) } else { self.write_range(inner, &keys, patch, None, inner.size) }
         };
         zero(off, end.min(first * PAGE))?;
         if last >= first {

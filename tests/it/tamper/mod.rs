@@ -7,6 +7,7 @@ mod header;
 mod holes;
 mod keyring;
 mod names;
+mod random;
 mod size;
 mod states;
 

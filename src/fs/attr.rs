@@ -63,7 +63,10 @@ impl<B: Backing> EnvelopeFs<B> {
         if touches_privileges {
             inode.privileges.change();
         }
-        let attr = self.store.setattr(&inode.node, &set, handle.as_ref().map(|h| &h.file));
+        let mut attr = self.store.setattr(&inode.node, &set, handle.as_ref().map(|h| &h.file));
+        if set.kill_suidgid {
+            attr = attr.and_then(|a| self.drop_setgid_of_strangers(caller, &inode, a));
+        }
         if touches_privileges {
             inode.privileges.change();
         }
@@ -77,15 +80,17 @@ impl<B: Backing> EnvelopeFs<B> {
         Ok(attr)
     }
 
-    /// Called before data of `inode` changes: drops what a change must not leave, by `kill` setuid and setgid too.
-    pub(super) fn before_change(&self, inode: &Inode<B>, kill: bool) -> Result<()> {
+    /// Called before data of `inode` changes: drops what a change must not leave; with `kill`, who has no right to leave
+    /// them, setuid and setgid too.
+    pub(super) fn before_change(&self, inode: &Inode<B>, kill: Option<&Caller>) -> Result<()> {
         if inode.privileges.are_known_absent() {
             return Ok(());
         }
         let before = inode.privileges.look();
         let mut attr = self.store.getattr(&inode.node)?;
-        if kill && attr.mode & SET_BITS != 0 {
+        if let Some(caller) = kill.filter(|_| attr.mode & SET_BITS != 0) {
             attr = self.store.setattr(&inode.node, &SetAttr { kill_suidgid: true, ..SetAttr::default() }, None)?;
+            attr = self.drop_setgid_of_strangers(caller, inode, attr)?;
             if let Some(tell) = self.mode_changed.get() {
                 tell(inode.id);
             }

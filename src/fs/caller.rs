@@ -20,6 +20,11 @@ impl Caller {
         self.uid == 0
     }
 
+    /// The caller, unless set bits stay when he writes.
+    pub(super) fn if_he_drops_set_bits(&self) -> Option<&Self> {
+        (!self.keeps_set_bits()).then_some(self)
+    }
+
     /// Whether the caller may set the setgid bit on something of group `gid`.
     pub(super) fn is_in_group(&self, gid: u32) -> bool {
         self.uid == 0 || self.gid == gid || (self.has_group)(self.pid, gid)

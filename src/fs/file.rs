@@ -100,11 +100,11 @@ impl<B: Backing> EnvelopeFs<B> {
         self.handle(handle)?.file.read(offset, buf)
     }
 
-    /// Writes all of `data`. `kill`: the writer has no right to leave setuid and setgid bits.
+    /// Writes all of `data`. `kill`: who writes, if he has no right to leave setuid and setgid bits.
     ///
     /// # Errors
     /// Those of the store.
-    pub fn write(&self, handle: u64, offset: u64, data: &[u8], kill: bool) -> Result<usize> {
+    pub fn write(&self, handle: u64, offset: u64, data: &[u8], kill: Option<&Caller>) -> Result<usize> {
         let handle = self.writable(handle)?;
         self.before_change(&handle.inode, kill)?;
         handle.inode.kernels_mtime.content_written();
@@ -126,7 +126,7 @@ impl<B: Backing> EnvelopeFs<B> {
     /// Those of the store.
     pub fn allocate(&self, caller: &Caller, handle: u64, mode: FileAllocate, offset: u64, len: u64) -> Result<()> {
         let handle = self.writable(handle)?;
-        self.before_change(&handle.inode, !caller.keeps_set_bits())?;
+        self.before_change(&handle.inode, caller.if_he_drops_set_bits())?;
         handle.file.allocate(mode, offset, len)
     }
 
@@ -156,7 +156,7 @@ impl<B: Backing> EnvelopeFs<B> {
         buf: &mut [u8],
     ) -> Result<u64> {
         let (source, target) = (self.handle(from.0)?, self.writable(to.0)?);
-        self.before_change(&target.inode, !caller.keeps_set_bits())?;
+        self.before_change(&target.inode, caller.if_he_drops_set_bits())?;
         let len = len.min(COPY_MAX);
         let mut done = 0;
         while done < len {

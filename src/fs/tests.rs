@@ -25,7 +25,7 @@ fn new_fs() -> (SimDisk, EnvelopeFs<SimDisk>) {
 
 fn make(fs: &EnvelopeFs<SimDisk>, name: &str, content: &[u8]) -> Found {
     let (found, handle) = fs.create(&ROOT_USER, ROOT, name.as_bytes(), 0o644, 0).unwrap();
-    fs.write(handle, 0, content, false).unwrap();
+    fs.write(handle, 0, content, None).unwrap();
     fs.release(handle);
     found
 }
@@ -100,7 +100,7 @@ fn an_unlinked_open_file_lives_until_it_is_released() {
     let mut buf = [0; 7];
     assert_eq!(fs.read(handle, 0, &mut buf).unwrap(), 7);
     assert_eq!(&buf, b"content");
-    fs.write(handle, 7, b" more", false).unwrap();
+    fs.write(handle, 7, b" more", None).unwrap();
     fs.sync_file(handle).unwrap();
     fs.release(handle);
     assert_eq!(fs.counts(), (1, 0));
@@ -122,7 +122,7 @@ fn handles_read_or_write_as_they_were_opened() {
     let (_, fs) = new_fs();
     let f = make(&fs, "f", b"content");
     let reader = fs.open(&ROOT_USER, f.node, libc::O_RDONLY).unwrap();
-    assert_eq!(errno_of(fs.write(reader, 0, b"x", false)), libc::EBADF);
+    assert_eq!(errno_of(fs.write(reader, 0, b"x", None)), libc::EBADF);
     assert_eq!(errno_of(fs.allocate(&ROOT_USER, reader, FileAllocate::Default, 0, 9)), libc::EBADF);
     assert!(!fs.is_being_written(reader));
     // A writer reads too, because the kernel's page cache does.
@@ -163,7 +163,7 @@ fn set_bits_fall_for_users_and_capabilities_for_everybody() {
     };
     for kill in [false, true] {
         give();
-        fs.write(handle, 0, b"x", kill).unwrap();
+        fs.write(handle, 0, b"x", kill.then_some(&USER)).unwrap();
         assert_eq!((mode(), capability()), (if kill { 0o755 } else { 0o6755 }, false));
         // What was seen once must not be believed after the next change.
         give();
@@ -186,7 +186,7 @@ fn whoever_writes_in_one_tick_of_the_kernels_clock_keeps_the_mtime_shown() {
     let shown = crate::backing::Timestamp { sec: 5, nsec: 7 };
     let set = Change { mtime: crate::backing::SetTime::At(shown), ..Change::NONE };
     fs.set_attr(&ROOT_USER, f.node, &set).unwrap();
-    fs.write(handle, 0, b"written back late", false).unwrap();
+    fs.write(handle, 0, b"written back late", None).unwrap();
     assert_ne!(fs.get_attr(f.node).unwrap().mtime, shown);
     fs.release(handle);
     assert_eq!(fs.get_attr(f.node).unwrap().mtime, shown);
@@ -284,8 +284,8 @@ fn a_full_disk_comes_through() {
     let (disk, fs) = new_fs();
     let (_, handle) = fs.create(&ROOT_USER, ROOT, b"f", 0o644, 0).unwrap();
     disk.fail_from(Some(Op::Write), 0, libc::ENOSPC);
-    assert_eq!(errno_of(fs.write(handle, 0, b"x", false)), libc::ENOSPC);
+    assert_eq!(errno_of(fs.write(handle, 0, b"x", None)), libc::ENOSPC);
     disk.clear_faults();
-    fs.write(handle, 0, b"x", false).unwrap();
+    fs.write(handle, 0, b"x", None).unwrap();
     fs.release(handle);
 }

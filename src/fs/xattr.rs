@@ -2,9 +2,10 @@
 
 use super::attr::{CAPABILITY, is_no_attribute};
 use super::caller::Caller;
+use super::inode::Inode;
 use super::{EnvelopeFs, StoreError, os};
 use crate::backing::{Backing, Kind, XattrMode};
-use crate::store::{Result, SetAttr};
+use crate::store::{Attr, Result, SetAttr};
 
 const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
 const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
@@ -77,7 +78,8 @@ impl<B: Backing> EnvelopeFs<B> {
         }
         let mut done = self.store.set_xattr(&inode.node, name, value, mode);
         if done.is_ok() && name == ACL_ACCESS {
-            done = self.drop_setgid_of_strangers(caller, node);
+            let attr = self.store.getattr(&inode.node);
+            done = attr.and_then(|a| self.drop_setgid_of_strangers(caller, &inode, a)).map(drop);
         }
         if changes {
             inode.privileges.change();
@@ -93,17 +95,14 @@ impl<B: Backing> EnvelopeFs<B> {
         self.store.remove_xattr(&self.inode(node)?.node, name)
     }
 
-    /// Whoever sets an ACL on a file of a group that is not his, loses the file's setgid bit, as with chmod(2). The
-    /// backing kernel sees only the daemon, so it is done here.
-    fn drop_setgid_of_strangers(&self, caller: &Caller, node: u64) -> Result<()> {
-        let inode = self.inode(node)?;
-        let attr = self.store.getattr(&inode.node)?;
+    /// Who sets an ACL on a file of a group that is not his, or writes to it, loses the file's setgid bit, as with
+    /// chmod(2). The backing kernel sees only the daemon, so it is done here. Returns the attributes then.
+    pub(super) fn drop_setgid_of_strangers(&self, caller: &Caller, inode: &Inode<B>, attr: Attr) -> Result<Attr> {
         if attr.mode & libc::S_ISGID == 0 || attr.kind == Kind::Symlink || caller.is_in_group(attr.gid) {
-            return Ok(());
+            return Ok(attr);
         }
         let set = SetAttr { mode: Some(attr.mode & !libc::S_ISGID), ..SetAttr::default() };
-        self.store.setattr(&inode.node, &set, None)?;
-        Ok(())
+        self.store.setattr(&inode.node, &set, None)
     }
 }
 

@@ -394,7 +394,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
 
     fn write(
         &self,
-        _: &Request,
+        r: &Request,
         node: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -404,7 +404,8 @@ impl<B: Backing> Filesystem for Adapter<B> {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let writer = caller(r);
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID).then_some(&writer);
         match self.run_on("write", node, Some(handle), || self.fs.write(handle.0, offset, data, kill)) {
             // At most what was asked for, which had a 32-bit length.
             Ok(n) => reply.written(n as u32),

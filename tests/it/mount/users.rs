@@ -317,3 +317,20 @@ fn setuid_bits_that_a_write_dropped_are_seen_to_be_gone_by_who_asks_for_the_mode
         assert_eq!(mode(&f), 0o775, "{write}");
     }
 }
+
+/// As everywhere since Linux 6.2: without group execute it stays for the file's group only.
+#[test]
+fn the_setgid_bit_without_group_execute_falls_when_somebody_outside_the_group_changes_the_file() {
+    needs_root!();
+    let m = open_to_all();
+    let f = m.path("f");
+    fs::write(&f, noise(1, 10_000)).unwrap();
+    for (group, left) in [(STRANGER, 0o666), (NOBODY, 0o2666)] {
+        chown(&f, Some(NOBODY), Some(group)).unwrap();
+        for change in ["printf x >> f", "fallocate -l 20000 f", "fallocate -p -l 4096 f", "truncate -s 9999 f"] {
+            fs::set_permissions(&f, fs::Permissions::from_mode(0o6666)).unwrap();
+            assert!(as_user(NOBODY, &m.path(""), change).status.success(), "{change}");
+            assert_eq!(mode(&f), left, "{change} by a member of the group: {}", group == NOBODY);
+        }
+    }
+}

@@ -94,6 +94,8 @@ fn subject(c: &Command) -> String {
         Command::Key(args::KeyCommand::Remove { target, .. }) => p(target),
         Command::Check(a) => p(&a.backing),
         Command::Inspect(a) => p(&a.file),
+        // mount(8) says what to mount first.
+        Command::MountHelper { args } => args.first().cloned().unwrap_or_default(),
         _ => String::new(),
     }
 }

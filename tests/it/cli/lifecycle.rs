@@ -217,6 +217,10 @@ fn the_mount_helper_does_what_mount_8_asks() {
         b.says("mount-helper DIR/back DIR/mnt -o remount,rw", 0, "", "");
         fs::write(b.path("mnt/f"), "z").unwrap();
     }
+    fs::create_dir(b.path("other")).unwrap();
+    let o = b.run("mount-helper DIR/back DIR/other -o rw");
+    let said = b.masked(&o.stderr);
+    assert!(said.ends_with("see who with: envelopefs status DIR/back; unmount it there first\n"), "{said}");
     b.ok("unmount mnt");
     b.fails(
         "mount-helper DIR/back DIR/mnt -o remount,ro",

@@ -6,7 +6,7 @@ use super::error::{Result, StoreError};
 use super::file::{FileCore, OpenFile};
 use super::node::{Location, Node};
 use super::open::{Store, kernel};
-use crate::backing::{Backing, Kind, Stat};
+use crate::backing::{Access, Backing, Kind, Stat};
 use crate::format::links::{self, Reference};
 use crate::format::names::Encoded;
 use std::sync::Arc;
@@ -81,7 +81,10 @@ impl<B: Backing> Store<B> {
         let (node, attr, (fd, file)) = self.make_entry(dir, name, make, |(fd, _)| self.give(dir, fd, mode, owner))?;
         let fd = node.pin_new(fd);
         let (core, open) = FileCore::with_new_file(self.shared(), fd, file)?;
-        self.table.put_core(node.key(), &core);
+        let open = match self.table.put_core(node.key(), &core) {
+            None => open,
+            Some(theirs) => theirs.open(Access::ReadWrite)?,
+        };
         Ok((node, attr, open))
     }
 

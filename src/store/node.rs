@@ -419,9 +419,15 @@ impl<B: Backing> Table<B> {
         Ok(core)
     }
 
-    /// Takes in the core of a file that was just made.
-    pub fn put_core(&self, key: InodeKey, core: &Arc<FileCore<B>>) {
-        self.cores.lock().insert(key, core);
+    /// Takes in the core of a file that was just made, unless somebody has found the file by its new name and opened it
+    /// already: then theirs is the one, and returned.
+    pub fn put_core(&self, key: InodeKey, core: &Arc<FileCore<B>>) -> Option<Arc<FileCore<B>>> {
+        let mut cores = self.cores.lock();
+        let there = cores.by_key.get(&key).and_then(Weak::upgrade);
+        if there.is_none() {
+            cores.insert(key, core);
+        }
+        there
     }
 }
 

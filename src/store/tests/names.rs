@@ -2,6 +2,7 @@
 
 use super::super::SetAttr;
 use super::*;
+use crate::backing::Access;
 use crate::backing::{RenameMode, XattrMode};
 
 super::on_each_backing!(
@@ -472,4 +473,32 @@ fn read_only_changes_nothing() {
     s.settle(std::time::Duration::ZERO).unwrap();
     s.close().unwrap();
     assert_eq!(disk.operations(), before);
+}
+
+/// A file found by its new name and opened before its maker had registered it got a second core: two keys for one
+/// file.
+#[test]
+fn a_file_opened_while_it_is_being_made_has_one_core() {
+    let (_disk, s) = new_sim();
+    let (n, _, f) = s.create(&s.root(), b"f", 0o600, 0, None).unwrap();
+    let fd = n.fd(s.backing()).unwrap();
+    let other = super::super::file::FileCore::new(s.shared(), fd);
+    let there = s.table.put_core(n.key(), &other).expect("the core that is there stays");
+    assert!(Arc::ptr_eq(&there, f.core()));
+    drop(f);
+    std::thread::scope(|t| {
+        for i in 0..50u8 {
+            let name = format!("n{i}").into_bytes();
+            let same = name.clone();
+            t.spawn({
+                let s = &s;
+                move || {
+                    while s.lookup(&s.root(), &same).and_then(|(n, _)| s.open_file(&n, Access::ReadWrite)).is_err() {}
+                }
+            });
+            let (n, _, f) = s.create(&s.root(), &name, 0o600, 0, None).unwrap();
+            f.write(0, b"x").unwrap();
+            assert!(Arc::ptr_eq(s.open_file(&n, Access::ReadWrite).unwrap().core(), f.core()));
+        }
+    });
 }

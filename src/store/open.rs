@@ -272,7 +272,7 @@ impl<B: Backing> Store<B> {
     /// # Errors
     /// The backing directory's.
     pub fn close(&self) -> Result<()> {
-        self.shared.settle.settle(Duration::ZERO);
+        self.shared.settle.close();
         if self.shared.read_only {
             return Ok(());
         }

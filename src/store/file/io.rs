@@ -227,7 +227,7 @@ impl<B: Backing> FileCore<B> {
         }
         if resize {
             if inner.promised && !inner.unclean_durable {
-                self.shared.backing.sync_file(inner.backing_file()?)?;
+                self.barrier(inner)?;
                 inner.unclean_durable = true;
             }
             inner.resized = true;

@@ -33,7 +33,7 @@ use crate::format::ids::FileId;
 use parking_lot::{RwLock, RwLockReadGuard};
 use segment::Segments;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The keys of one file, derived from its DEK.
 pub(super) struct FileKeys {
@@ -106,6 +106,10 @@ pub struct FileCore<B: Backing> {
     segments: Segments,
     /// Blocks may match the older state copy: the file was not closed cleanly, or a write failed half-way.
     recovering: AtomicBool,
+    /// Barriers that failed. The kernel tells each only once, and then takes what was lost for written.
+    failed_barriers: AtomicU64,
+    /// Those of them that an fsync has told somebody of.
+    told_barriers: AtomicU64,
 }
 
 impl<B: Backing> FileCore<B> {
@@ -137,6 +141,8 @@ impl<B: Backing> FileCore<B> {
             }),
             segments: Segments::new(),
             recovering: AtomicBool::new(false),
+            failed_barriers: AtomicU64::new(0),
+            told_barriers: AtomicU64::new(0),
         })
     }
 
@@ -158,7 +164,7 @@ impl<B: Backing> FileCore<B> {
             (inner.dev, inner.ino) = (st.dev, st.ino);
             (inner.opens, inner.writers) = (1, 1);
         }
-        let open = OpenFile { core: Arc::clone(&core), writer: true };
+        let open = OpenFile { core: Arc::clone(&core), writer: true, told_barriers: AtomicU64::new(0) };
         Ok((core, open))
     }
 
@@ -192,7 +198,9 @@ impl<B: Backing> FileCore<B> {
         }
         inner.opens += 1;
         inner.writers += usize::from(writer);
-        Ok(OpenFile { core: Arc::clone(self), writer })
+        // Of a failure that nobody was told of, the next fsync tells, as with the kernel's own files.
+        let told_barriers = AtomicU64::new(self.told_barriers.load(Ordering::Acquire));
+        Ok(OpenFile { core: Arc::clone(self), writer, told_barriers })
     }
 
     /// Lets go of everything if no handle is open and nothing waits to be settled.
@@ -215,6 +223,24 @@ impl<B: Backing> FileCore<B> {
             return Ok(());
         }
         self.open(Access::ReadWrite)?.set_len(len)
+    }
+
+    /// What was written so far is durable. A failure counts against every handle that is open.
+    fn barrier(&self, inner: &Inner<B>) -> Result<()> {
+        self.shared.backing.sync_file(inner.backing_file()?).map_err(|e| {
+            self.failed_barriers.fetch_add(1, Ordering::AcqRel);
+            e.into()
+        })
+    }
+
+    /// Whether a barrier failed, so that what is on disk is not known.
+    fn lost_a_barrier(&self) -> bool {
+        self.failed_barriers.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether a barrier failed and nobody knows.
+    fn owes_an_error(&self) -> bool {
+        self.failed_barriers.load(Ordering::Acquire) > self.told_barriers.load(Ordering::Acquire)
     }
 
     /// Whether blocks may match the older state copy.
@@ -249,6 +275,8 @@ impl<B: Backing> Inner<B> {
 pub struct OpenFile<B: Backing> {
     core: Arc<FileCore<B>>,
     writer: bool,
+    /// Failed barriers that an fsync through this handle has told of, or that were told before it was opened.
+    told_barriers: AtomicU64,
 }
 
 impl<B: Backing> OpenFile<B> {
@@ -287,6 +315,19 @@ impl<B: Backing> OpenFile<B> {
 
     fn writable(&self) -> Result<()> {
         if self.writer { Ok(()) } else { Err(StoreError::NotPermitted) }
+    }
+
+    /// The result of this handle's fsync, whose own barrier gave `r`: an error also if an earlier one failed that this
+    /// handle was not told of.
+    fn tell(&self, r: Result<()>) -> Result<()> {
+        let failed = self.core.failed_barriers.load(Ordering::Acquire);
+        let news = self.told_barriers.swap(failed, Ordering::AcqRel) != failed;
+        if !news && r.is_ok() {
+            return Ok(());
+        }
+        self.core.told_barriers.fetch_max(failed, Ordering::AcqRel);
+        self.core.shared.settle.told(&self.core);
+        r.and(Err(StoreError::Backing(std::io::Error::from_raw_os_error(libc::EIO))))
     }
 
     /// The file's lock, shared, with what is known of the file up to date.

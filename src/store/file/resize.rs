@@ -103,7 +103,8 @@ impl<B: Backing> OpenFile<B> {
         let core = &self.core;
         let synced = {
             let inner = self.read_lock()?;
-            core.shared.backing.sync_file(inner.backing_file()?)?;
+            let r = core.barrier(&inner);
+            self.tell(r)?;
             (inner.size, inner.changes)
         };
         let mut inner = core.inner.write();
@@ -231,7 +232,7 @@ impl<B: Backing> FileCore<B> {
             self.change_file_state(inner, keys, |f| f.flags |= SPARSE)?;
             inner.sparse = true;
             if inner.promised {
-                self.shared.backing.sync_file(inner.backing_file()?)?;
+                self.barrier(inner)?;
             }
         }
         Ok(self.shared.backing.truncate(inner.backing_file()?, geometry::backing_size(to))?)
@@ -293,7 +294,7 @@ impl<B: Backing> FileCore<B> {
     /// and lose the earlier.
     fn barrier_if_promised(&self, inner: &Inner<B>) -> Result<()> {
         if inner.promised {
-            self.shared.backing.sync_file(inner.backing_file()?)?;
+            self.barrier(inner)?;
         }
         Ok(())
     }
@@ -406,8 +407,15 @@ impl<B: Backing> FileCore<B> {
         if last >= first {
             zero((last * PAGE).max(off), end)?;
         }
-        for r in geometry::by_segment(first, last) {
+        let mut at = first;
+        while at < last {
+            if inner.sparse {
+                // What is absent is a hole already, and there can be very much of it.
+                at = self.skip_absent(inner, at)?;
+            }
+            let Some(r) = geometry::by_segment(at, last).next() else { break };
             self.punch_blocks(inner, &keys, r)?;
+            at = r.end;
         }
         Ok(())
     }
@@ -452,7 +460,7 @@ impl<B: Backing> FileCore<B> {
 
     /// First block of the segment that holds the next data the backing file knows of, at or after segment-first block
     /// `block`: so that looking for data in a large sparse file need not read every absent state.
-    fn skip_absent(&self, inner: &Inner<B>, block: u64) -> Result<u64> {
+    pub(super) fn skip_absent(&self, inner: &Inner<B>, block: u64) -> Result<u64> {
         let at = geometry::state_offset(geometry::segment_of(block), geometry::Copy2::A);
         match self.shared.backing.next_data(inner.backing_file()?, at)? {
             None => Ok(u64::MAX),

@@ -19,29 +19,55 @@ use std::time::{Duration, Instant};
 const QUEUE_MAX: usize = 512;
 
 /// Files closed by their last writer that wait for a barrier before they may be called clean.
-pub struct SettleQueue<B: Backing>(Mutex<VecDeque<(Instant, Arc<FileCore<B>>)>>);
+pub struct SettleQueue<B: Backing> {
+    waiting: Mutex<VecDeque<(Instant, Arc<FileCore<B>>)>>,
+    /// Files whose barrier failed while nobody had them open: kept so that the next fsync can say so.
+    owing: Mutex<VecDeque<Arc<FileCore<B>>>>,
+}
 
 impl<B: Backing> Default for SettleQueue<B> {
     fn default() -> Self {
-        Self(Mutex::new(VecDeque::new()))
+        Self { waiting: Mutex::default(), owing: Mutex::default() }
     }
 }
 
 impl<B: Backing> SettleQueue<B> {
     fn push(&self, core: Arc<FileCore<B>>) -> Option<Arc<FileCore<B>>> {
-        let mut q = self.0.lock();
+        let mut q = self.waiting.lock();
         q.push_back((Instant::now(), core));
         if q.len() > QUEUE_MAX { q.pop_front().map(|(_, c)| c) } else { None }
     }
 
     fn pop_idle(&self, min_idle: Duration) -> Option<Arc<FileCore<B>>> {
-        let mut q = self.0.lock();
+        let mut q = self.waiting.lock();
         q.pop_front_if(|(since, _)| since.elapsed() >= min_idle).map(|(_, c)| c)
+    }
+
+    fn owe(&self, core: &Arc<FileCore<B>>) {
+        let mut owing = self.owing.lock();
+        if !owing.iter().any(|c| Arc::ptr_eq(c, core)) {
+            owing.push_back(Arc::clone(core));
+        }
+        let oldest = if owing.len() > QUEUE_MAX { owing.pop_front() } else { None };
+        drop(owing);
+        drop(oldest);
+    }
+
+    /// Somebody was told of the file's failed barriers.
+    pub(super) fn told(&self, core: &Arc<FileCore<B>>) {
+        self.owing.lock().retain(|c| !Arc::ptr_eq(c, core));
+    }
+
+    /// The store is closed: nobody will ask any more.
+    pub fn close(&self) {
+        self.settle(Duration::ZERO);
+        let owing = std::mem::take(&mut *self.owing.lock());
+        drop(owing);
     }
 
     /// How many files wait.
     pub fn len(&self) -> usize {
-        self.0.lock().len()
+        self.waiting.lock().len()
     }
 
     /// Whether none waits.
@@ -82,12 +108,12 @@ impl<B: Backing> FileCore<B> {
         }
     }
 
-    fn settle(&self) {
+    fn settle(self: &Arc<Self>) {
         // The barrier goes first and under the shared lock, so that readers don't wait for the disk.
         let synced = {
             let inner = self.inner.read();
-            let file = inner.file.as_ref().filter(|_| inner.writers == 0);
-            file.is_some_and(|f| self.shared.backing.sync_file(f).is_ok()).then_some(inner.changes)
+            let wanted = inner.writers == 0 && inner.file.is_some();
+            (wanted && self.barrier(&inner).is_ok()).then_some(inner.changes)
         };
         let mut inner = self.inner.write();
         inner.settling = false;
@@ -98,10 +124,19 @@ impl<B: Backing> FileCore<B> {
             self.mark_clean_or_log(&mut inner);
         }
         self.close_if_unused(&mut inner);
+        drop(inner);
+        if self.owes_an_error() {
+            self.shared.settle.owe(self);
+        }
     }
 
     fn mark_clean_or_log(&self, inner: &mut Inner<B>) {
         let Some(keys) = inner.keys.clone() else { return };
+        if self.lost_a_barrier() {
+            // A barrier that succeeds after one that failed proves nothing.
+            tracing::warn!(file = %keys.file, "file stays marked as not closed cleanly: it could not be written back");
+            return;
+        }
         // The flag may be on disk although setting it failed, so that it must be known before the next change.
         let r = self.refresh(inner).and_then(|()| {
             let r = if inner.clean || inner.keys.is_none() { Ok(()) } else { self.mark_clean(inner, &keys) };
@@ -116,8 +151,16 @@ impl<B: Backing> FileCore<B> {
         self.finish_pending_cut(inner, keys)?;
         if self.is_recovering() {
             // CLEAN forbids the older state copy: every segment's newest must be true first.
-            for segment in 0..geometry::segment_count(inner.size) {
+            let end = geometry::block_count(inner.size);
+            let mut at = 0;
+            while at < end {
+                let segment = geometry::segment_of(at);
                 self.with_segment_mut(inner, keys, segment, |_| Ok(()))?;
+                at = geometry::first_block(segment + 1);
+                if inner.sparse && at < end {
+                    // Of what is absent nothing is in doubt, and there can be very much of it.
+                    at = self.skip_absent(inner, at)?;
+                }
             }
         }
         if inner.size == 0 {
@@ -135,7 +178,7 @@ impl<B: Backing> FileCore<B> {
                 self.shared.backing.truncate(file, size)?;
             }
             if promised {
-                self.shared.backing.sync_file(file)?;
+                self.barrier(inner)?;
             }
             self.change_file_state(inner, keys, |f| {
                 f.length = length;

@@ -18,6 +18,8 @@ struct Inner {
     control: Option<Arc<Control>>,
     /// Counts the rotations, so that a client watches the one it asked for.
     number: u64,
+    /// The daemon is about to end: no rotation begins any more, for nothing would wait for it.
+    ended: bool,
 }
 
 /// The daemon's rotation.
@@ -56,6 +58,9 @@ impl Job {
         let control = Arc::new(Control::new());
         let number = {
             let mut inner = self.inner.lock();
+            if inner.ended {
+                return Err(Fault::new(FaultKind::Other, "the store is being unmounted"));
+            }
             if inner.control.is_some() {
                 return Err(Fault::new(FaultKind::RotationRunning, "a rotation of this store is under way already"));
             }
@@ -106,9 +111,10 @@ impl Job {
         }
     }
 
-    /// Cancels the rotation under way, if any, and waits until it has stopped.
+    /// Cancels the rotation under way, if any, and waits until it has stopped. None can be started after.
     pub fn stop(&self) {
         let mut inner = self.inner.lock();
+        inner.ended = true;
         while let Some(c) = &inner.control {
             c.cancel();
             self.changed.wait(&mut inner);
@@ -177,6 +183,8 @@ mod tests {
         let s = job.state().unwrap();
         assert!(!s.running);
         assert_eq!(s.fault, Some(cancelled()));
+        // The daemon closes the store now and lets others have it.
+        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().message, "the store is being unmounted");
     }
 
     #[test]

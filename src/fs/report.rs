@@ -1,16 +1,8 @@
 //! Failures in the log: everyday ones at debug level, damage loudly but not endlessly.
 
-use std::time::{Duration, Instant};
-
-use parking_lot::Mutex;
-
 use super::errno::{self, Gravity};
 use crate::format::damage::Damage;
-use crate::store::StoreError;
-
-/// Loud lines that may be written in [`WINDOW`]; more are counted.
-const LINES: u32 = 50;
-const WINDOW: Duration = Duration::from_secs(10);
+use crate::store::{StoreError, flood};
 
 /// What a failed operation was about.
 #[derive(Debug, Clone, Copy, Default)]
@@ -27,11 +19,12 @@ pub fn failed(what: Report<'_>, e: &StoreError) -> i32 {
     let errno = errno::of(e);
     match errno::gravity(e) {
         Gravity::Expected => tracing::debug!(op = what.operation, node = what.node, errno, "{e}"),
+        // The store has said so, with the file's id, which not everybody here knows.
+        Gravity::Damage if is_of_content(e) => tracing::debug!(op = what.operation, node = what.node, errno, "{e}"),
         Gravity::Damage => {
-            if let Some(skipped) = LIMIT.lock().admit(Instant::now()) {
-                let block = block_of(e);
+            if let Some(skipped) = flood::admit() {
                 let code = e.code();
-                tracing::error!(op = what.operation, node = what.node, file = what.file, block, code, skipped, "{e}");
+                tracing::error!(op = what.operation, node = what.node, file = what.file, code, skipped, "{e}");
             }
         }
     }
@@ -44,52 +37,16 @@ pub fn panicked(operation: &'static str, node: u64) -> i32 {
     libc::EIO
 }
 
-fn block_of(e: &StoreError) -> Option<u64> {
-    match e {
-        StoreError::Damage(Damage::BlockAuth { block }) => Some(*block),
-        _ => None,
-    }
-}
-
-static LIMIT: Mutex<Limit> = Mutex::new(Limit { since: None, lines: 0, skipped: 0 });
-
-/// Lets [`LINES`] through in each [`WINDOW`].
-struct Limit {
-    since: Option<Instant>,
-    lines: u32,
-    skipped: u64,
-}
-
-impl Limit {
-    /// Whether a line may be written now; if so, how many were not since the last one.
-    fn admit(&mut self, now: Instant) -> Option<u64> {
-        if self.since.is_none_or(|t| now.duration_since(t) >= WINDOW) {
-            self.since = Some(now);
-            self.lines = 0;
-        }
-        if self.lines >= LINES {
-            self.skipped += 1;
-            return None;
-        }
-        self.lines += 1;
-        Some(std::mem::take(&mut self.skipped))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flood_is_counted_instead_of_written() {
-        let mut l = Limit { since: None, lines: 0, skipped: 0 };
-        let start = Instant::now();
-        for _ in 0..LINES {
-            assert_eq!(l.admit(start), Some(0));
-        }
-        assert_eq!(l.admit(start), None);
-        assert_eq!(l.admit(start + WINDOW / 2), None);
-        assert_eq!(l.admit(start + WINDOW), Some(2), "the next window says what was left out");
-        assert_eq!(l.admit(start + WINDOW), Some(0));
-    }
+/// Whether it is one of the damages that [`crate::store::file`] logs where it finds them.
+fn is_of_content(e: &StoreError) -> bool {
+    matches!(
+        e,
+        StoreError::Damage(
+            Damage::StateAbsent { .. }
+                | Damage::StateAuth { .. }
+                | Damage::BlockAuth { .. }
+                | Damage::SizeShort { .. }
+                | Damage::SizeGrown { .. }
+        )
+    )
 }

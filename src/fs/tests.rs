@@ -289,3 +289,35 @@ fn a_full_disk_comes_through() {
     fs.write(handle, 0, b"x", None).unwrap();
     fs.release(handle);
 }
+
+/// Damage to a block was logged twice, once without limit.
+#[test]
+fn damage_is_logged_once_with_file_block_and_code() {
+    #[derive(Clone, Default)]
+    struct Lines(Arc<parking_lot::Mutex<Vec<u8>>>);
+    impl std::io::Write for Lines {
+        fn write(&mut self, b: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().extend_from_slice(b);
+            Ok(b.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let lines = Lines::default();
+    let to = lines.clone();
+    let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || to.clone()).finish();
+    let (disk, fs) = new_fs();
+    let found = make(&fs, "f", &[7; 9000]);
+    let path = disk.files().into_iter().find(|p| disk.read_raw(p).unwrap().len() > 9000).unwrap();
+    disk.flip_bit(&path, crate::format::geometry::block_offset(1), 0).unwrap();
+    tracing::subscriber::with_default(log, || {
+        let h = fs.open(&ROOT_USER, found.node, libc::O_RDONLY).unwrap();
+        let e = fs.read(h, 4096, &mut [0; 10]).unwrap_err();
+        let id = fs.file_id(h);
+        failed(Report { operation: "read", node: found.node, file: id.as_deref() }, &e);
+    });
+    let text = String::from_utf8(lines.0.lock().clone()).unwrap();
+    assert_eq!(text.matches("block-auth").count(), 1, "{text}");
+    assert!(text.contains("file=") && text.contains("block=1 "), "{text}");
+}

@@ -114,10 +114,6 @@ impl<B: Backing> Store<B> {
             Err(StoreError::Damage(Damage::DirIdMissing)) if b.stat(&fd)?.nlink == 0 => {
                 return Err(StoreError::NotFound);
             }
-            Err(StoreError::Damage(d)) => {
-                tracing::error!(inode = dir.key().1, code = d.code(), "{d}");
-                return Err(d.into());
-            }
             other => other?,
         };
         Ok(*state.id.get_or_init(|| id))

@@ -6,6 +6,7 @@ pub mod dek_cache;
 pub mod dir;
 pub mod error;
 pub mod file;
+pub mod flood;
 pub mod header;
 pub mod keys;
 pub mod moves;

@@ -45,9 +45,7 @@ impl<B: Backing> Store<B> {
         match stored {
             XattrName::Sealed { backing, long } => {
                 let sealed = b.get_xattr(&fd, &backing).map_err(kernel)?;
-                let (_, value) = self.xattrs.open_value(&backing, long, &sealed).inspect_err(|d| {
-                    tracing::error!(inode = n.key().1, code = d.code(), "{d}");
-                })?;
+                let (_, value) = self.xattrs.open_value(&backing, long, &sealed)?;
                 Ok(value)
             }
             _ => b.get_xattr(&fd, name).map_err(kernel),

@@ -22,6 +22,7 @@ pub use resize::FileAllocate;
 pub use settle::SettleQueue;
 
 use super::error::{Result, StoreError};
+use super::flood;
 use super::shared::Shared;
 use crate::backing::{Access, Backing, Stat};
 use crate::crypto::aead::BlockCipher;
@@ -357,7 +358,13 @@ impl<B: Backing> Drop for OpenFile<B> {
     }
 }
 
-/// Every damage found on read or open is logged the same way: file id, code, and words with the block number.
+/// Damage to a file's content is logged here, where its id is known, and nowhere else: file id, block, code.
 fn log_damage(keys: &FileKeys, d: &Damage) {
-    tracing::error!(file = %keys.file, code = d.code(), "{d}");
+    let block = match d {
+        Damage::BlockAuth { block } => Some(*block),
+        _ => None,
+    };
+    if let Some(skipped) = flood::admit() {
+        tracing::error!(file = %keys.file, block, code = d.code(), skipped, "{d}");
+    }
 }

@@ -179,6 +179,8 @@ pub trait Backing: Send + Sync + 'static {
     fn read_at(&self, file: &Self::File, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize>;
     /// Writes all of `data` at `offset`.
     fn write_at(&self, file: &Self::File, data: &[u8], offset: u64) -> io::Result<()>;
+    /// Tells the file system that the range will be read soon (`POSIX_FADV_WILLNEED`). A hint: nothing depends on it.
+    fn will_need(&self, _file: &Self::File, _offset: u64, _len: u64) {}
     fn truncate(&self, file: &Self::File, size: u64) -> io::Result<()>;
     fn allocate(&self, file: &Self::File, mode: Allocate, offset: u64, len: u64) -> io::Result<()>;
     /// fdatasync(2): data, and the size.

@@ -370,6 +370,10 @@ impl Backing for Posix {
         Ok(())
     }
 
+    fn will_need(&self, file: &File, offset: u64, len: u64) {
+        let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::WillNeed);
+    }
+
     fn truncate(&self, file: &File, size: u64) -> io::Result<()> {
         Ok(retry_on_intr(|| rustix::fs::ftruncate(file, size))?)
     }

@@ -25,6 +25,9 @@ thread_local! {
 /// file encrypt at the same time. Below it the edges that cannot be sealed so early are most of the work.
 const AHEAD_MIN: usize = 64 << 10;
 
+/// Reads of at least this many blocks are taken for a part of a stream.
+const STREAM_BLOCKS: u64 = 16;
+
 struct SealBuffer {
     data: Vec<u8>,
     entries: Vec<Entry>,
@@ -100,6 +103,7 @@ impl<B: Backing> OpenFile<B> {
             let from = off.max(r.first * PAGE);
             let to = end.min(r.end * PAGE);
             let part = &mut buf[(from - off) as usize..(to - off) as usize];
+            self.core.hint_before_state(&inner, r)?;
             self.core
                 .with_segment(&inner, keys, r.segment, |l| self.core.read_range(&inner, keys, l, r, from, part))?;
         }
@@ -141,6 +145,19 @@ impl<B: Backing> OpenFile<B> {
 }
 
 impl<B: Backing> FileCore<B> {
+    /// Before a state is fetched from disk, the data that will be wanted next is asked for, so that one does not wait for
+    /// the other: the blocks of the read, or, if that is a part of a stream, the rest of the segment.
+    fn hint_before_state(&self, inner: &Inner<B>, r: SegmentRange) -> Result<()> {
+        if self.segments.has(r.segment) {
+            return Ok(());
+        }
+        let stream = r.end - r.first >= STREAM_BLOCKS;
+        let end = if stream { geometry::first_block(r.segment + 1) } else { r.end };
+        let at = geometry::block_offset(r.first);
+        self.shared.backing.will_need(inner.backing_file()?, at, (end - r.first) * PAGE);
+        Ok(())
+    }
+
     /// Reads the plaintext bytes `from..from + out.len()`, all inside the blocks of `r`.
     fn read_range(
         &self,

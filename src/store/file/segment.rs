@@ -51,6 +51,11 @@ impl Segments {
         s
     }
 
+    /// Whether the segment's state is in memory, or about to be.
+    pub fn has(&self, segment: u64) -> bool {
+        self.0.lock().contains(&segment)
+    }
+
     /// Forgets everything. The caller holds the file's lock exclusively, so nobody is in a segment.
     pub fn clear(&self) {
         self.0.lock().clear();

@@ -179,9 +179,10 @@ impl<'a, B: Backing> Run<'a, B> {
             self.failures.clear();
             self.failures_total = 0;
             self.enter(State::Sweeping, target, &cursor);
-            if let Err(c) = self.sweep(target, &cursor)? {
-                return Ok(Err(c));
-            }
+            let durable = match self.sweep(target, &cursor)? {
+                Ok(durable) => durable,
+                Err(c) => return Ok(Err(c)),
+            };
             cursor.clear();
             self.enter(State::Verifying, target, b"");
             let (sweep_failures, sweep_total) = (std::mem::take(&mut self.failures), self.failures_total);
@@ -190,7 +191,8 @@ impl<'a, B: Backing> Run<'a, B> {
                 Ok(clean) => clean,
                 Err(c) => return Ok(Err(c)),
             };
-            if clean {
+            // What the scan saw may be in memory only if the barrier failed.
+            if clean && durable {
                 return Ok(Ok(true));
             }
             // A failure that the scan did not see again is only told if the run fails for it.
@@ -225,8 +227,8 @@ impl<'a, B: Backing> Run<'a, B> {
         }
     }
 
-    /// One sweep and the barrier that makes it durable.
-    fn sweep(&mut self, target: KekId, cursor: &[u8]) -> Result<std::result::Result<(), Cancelled>> {
+    /// One sweep and the barrier that makes it durable. `Ok(false)`: the barrier failed.
+    fn sweep(&mut self, target: KekId, cursor: &[u8]) -> Result<std::result::Result<bool, Cancelled>> {
         self.passes += 1;
         let failures = Failures::default();
         let sweep = Sweep {
@@ -250,14 +252,16 @@ impl<'a, B: Backing> Run<'a, B> {
             }
         });
         // The last second halves are not durable before this, and until then no old KEK may go.
-        if let Err(e) = self.ctx.shared.backing.sync_all() {
+        let barrier = self.ctx.shared.backing.sync_all();
+        let durable = barrier.is_ok();
+        if let Err(e) = barrier {
             failures.add("/".to_owned(), &e.into());
         }
         self.swept += sweep.counts.into_inner();
         (self.failures, self.failures_total) = failures.take();
         // Past a failure the cursor would lead the next run past it too.
         self.reached = if self.failures_total == 0 { reached } else { Vec::new() };
-        Ok(end.map(|_| ()))
+        Ok(end.map(|_| durable))
     }
 
     /// One fresh scan. `Ok(true)`: every file was seen, and every header is under the target in both slots.

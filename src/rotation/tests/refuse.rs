@@ -41,6 +41,23 @@ fn a_barrier_that_fails_keeps_the_old_slot_and_the_old_kek() {
     assert_eq!(read_all(&open(disk, &root)), tree);
 }
 
+/// The barrier behind the last second halves failed; the scan then saw what was in memory, and the old KEK went.
+#[test]
+fn a_last_barrier_that_fails_keeps_the_old_kek() {
+    let (disk, root, tree) = filled();
+    let store = open(disk.clone(), &root);
+    let old = active(&store.shared().keys);
+    // Whatever syncs everything during the run: first halves are then made durable one by one.
+    disk.fail_from(Some(Op::SyncAll), 0, libc::EIO);
+    let report = rotate(&store, &Options { destroy_old: true, ..one_job() }).unwrap();
+    assert_eq!(report.outcome, Outcome::Incomplete, "{report:?}");
+    assert_eq!((report.failures_total, report.failures[0].code.as_str()), (1, "EIO"), "{report:?}");
+    assert_eq!(state_of(&store, old), (KekState::Retired, false));
+    disk.clear_faults();
+    assert_eq!(rotate(&store, &Options { destroy_old: true, ..one_job() }).unwrap().outcome, Outcome::Complete);
+    assert_eq!(read_all(&open(disk, &root)), tree);
+}
+
 #[test]
 fn a_file_that_cannot_be_read_keeps_the_old_kek() {
     let (disk, root, _) = filled();

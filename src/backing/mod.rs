@@ -119,7 +119,7 @@ pub struct StatFs {
 }
 
 /// The file system that holds the ciphertext.
-pub trait Backing: Send + Sync + 'static {
+pub trait Backing: Send + Sync + Sized + 'static {
     /// A reference to an inode of any kind that stays valid when it is renamed or unlinked (`O_PATH`).
     /// A directory's is where its children's names start.
     type Node: Send + Sync + 'static;
@@ -177,6 +177,11 @@ pub trait Backing: Send + Sync + 'static {
 
     /// Fills `bufs` in order from `offset`; returns the bytes read, less than asked only at the end of the file.
     fn read_at(&self, file: &Self::File, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize>;
+    /// Reads at most one page at a page boundary as the disk has it, past the page cache where the file system can
+    /// (`O_DIRECT`), which may hold a page whose writeback failed as if it were clean. Returns the bytes read.
+    fn read_past_cache(&self, file: &Self::File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        read_into(self, file, buf, offset)
+    }
     /// Writes all of `data` at `offset`.
     fn write_at(&self, file: &Self::File, data: &[u8], offset: u64) -> io::Result<()>;
     /// Tells the file system that the range will be read soon (`POSIX_FADV_WILLNEED`). A hint: nothing depends on it.

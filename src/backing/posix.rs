@@ -4,6 +4,7 @@
 //! such a descriptor, or `/proc/self/fd/N` of it, so `/proc` must be mounted. Interrupted calls are repeated, short
 //! reads and writes continued. Files are opened without atime updates where that is allowed.
 
+mod direct;
 mod owner;
 mod proc_path;
 #[cfg(test)]
@@ -356,6 +357,14 @@ impl Backing for Posix {
             IoSliceMut::advance_slices(&mut bufs, n);
         }
         Ok(done)
+    }
+
+    fn read_past_cache(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        match direct::read(file.as_fd(), buf, offset) {
+            Some(n) => Ok(n),
+            // tmpfs, some network file systems: what there is instead of a disk.
+            None => super::read_into(self, file, buf, offset),
+        }
     }
 
     fn write_at(&self, file: &File, data: &[u8], offset: u64) -> io::Result<()> {

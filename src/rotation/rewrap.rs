@@ -14,7 +14,7 @@ use crate::format::header::{Slot, SlotPair};
 use crate::format::ids::{KekId, StoreId};
 use crate::store::Result;
 use crate::store::StoreError;
-use crate::store::header::{SLOTS_LEN, is_unborn, read_slots, unwrap_slot, wrap_slot};
+use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, unwrap_slot, wrap_slot};
 use crate::store::keys::KekHandle;
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
@@ -127,28 +127,33 @@ struct Plan {
 /// # Errors
 /// Damage of the header, the key service's errors, the backing directory's. Nothing was written then, or a slot that
 /// nothing relied on.
-pub(super) fn first_half<B: Backing>(shared: &Shared<B>, target: &KekHandle, item: Item<B>) -> Result<First<B>> {
+pub(super) fn first_half<B: Backing>(
+    shared: &Shared<B>,
+    target: &KekHandle,
+    item: Item<B>,
+    again: bool,
+) -> Result<First<B>> {
     let (node, file, stat) = match look(&shared.backing, &item, Access::ReadWrite)? {
         Look::Open { node, file, stat } => (node, file, stat),
         Look::Empty => return Ok(First::Empty),
         Look::Gone => return Ok(First::Gone),
     };
     for _ in 0..TRIES {
-        let Some((pair, old)) = read_header(&shared.backing, &file)? else { return Ok(First::Empty) };
+        let Some((pair, old)) = read_header(&shared.backing, &file, Source::Cache)? else { return Ok(First::Empty) };
         if item.reserved && !is_header(&pair) {
             return Ok(First::Gone);
         }
-        if judge(&pair, &old, shared.keys.store_id(), target.id())? == Standing::Current {
+        if judge(&pair, &old, shared.keys.store_id(), target.id())? == Standing::Current && !again {
             return Ok(First::Current);
         }
         let plan = plan(shared, target, &pair)?;
         let lock = shared.inode_locks.exclusive(stat.dev, stat.ino);
-        match read_slots(&shared.backing, &file)? {
+        match read_slots(&shared.backing, &file, Source::Cache)? {
             None => return Ok(First::Empty),
             Some((_, now)) if now != old => continue,
             Some(_) => {}
         }
-        if plan.write {
+        if plan.write || again {
             write_slot(&shared.backing, &node, &file, plan.slot, &plan.bytes)?;
         }
         drop(lock);
@@ -165,8 +170,8 @@ pub(super) fn first_half<B: Backing>(shared: &Shared<B>, target: &KekHandle, ite
 ///
 /// # Errors
 /// As [`read_slots`], and what is wrong with both slots.
-pub(super) fn read_header<B: Backing>(b: &B, file: &B::File) -> Result<Option<(SlotPair, Slots)>> {
-    let read = read_slots(b, file);
+pub(super) fn read_header<B: Backing>(b: &B, file: &B::File, from: Source) -> Result<Option<(SlotPair, Slots)>> {
+    let read = read_slots(b, file, from);
     let damage = match &read {
         Ok(Some((pair, _))) => pair.authoritative().err(),
         Err(StoreError::Damage(d)) => Some(d.clone()),
@@ -238,7 +243,7 @@ pub(super) enum Second<B: Backing> {
 /// The backing directory's.
 pub(super) fn second_half<B: Backing>(shared: &Shared<B>, half: Half<B>) -> Result<Second<B>> {
     let _lock = shared.inode_locks.exclusive(half.stat.dev, half.stat.ino);
-    match read_slots(&shared.backing, &half.file) {
+    match read_slots(&shared.backing, &half.file, Source::Cache) {
         Ok(Some((_, now))) if now == half.expect => {}
         Ok(_) => return Ok(Second::Again(half.item)),
         Err(StoreError::Damage(_)) => return Ok(Second::Again(half.item)),

@@ -175,11 +175,11 @@ impl<'a, B: Backing> Run<'a, B> {
     /// Sweeps and scans until a scan finds nothing left. `Ok(true)`: it did.
     fn move_headers(&mut self, target: KekId) -> Result<std::result::Result<bool, Cancelled>> {
         let mut cursor = self.cursor(target);
-        for _ in 0..SWEEPS_MAX {
+        for sweep in 0..SWEEPS_MAX {
             self.failures.clear();
             self.failures_total = 0;
             self.enter(State::Sweeping, target, &cursor);
-            let durable = match self.sweep(target, &cursor)? {
+            let durable = match self.sweep(target, &cursor, sweep > 0)? {
                 Ok(durable) => durable,
                 Err(c) => return Ok(Err(c)),
             };
@@ -228,7 +228,7 @@ impl<'a, B: Backing> Run<'a, B> {
     }
 
     /// One sweep and the barrier that makes it durable. `Ok(false)`: the barrier failed.
-    fn sweep(&mut self, target: KekId, cursor: &[u8]) -> Result<std::result::Result<bool, Cancelled>> {
+    fn sweep(&mut self, target: KekId, cursor: &[u8], again: bool) -> Result<std::result::Result<bool, Cancelled>> {
         self.passes += 1;
         let failures = Failures::default();
         let sweep = Sweep {
@@ -236,6 +236,7 @@ impl<'a, B: Backing> Run<'a, B> {
             target: self.ctx.shared.keys.kek(target)?,
             control: self.control,
             failures: &failures,
+            again,
             pace: self.options.rate.map(|r| Mutex::new(Pace::new(r))),
             counts: Mutex::new(Counts::default()),
         };

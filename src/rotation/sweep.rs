@@ -25,6 +25,9 @@ pub(super) struct Sweep<'a, B: Backing> {
     pub(super) target: Arc<KekHandle>,
     pub(super) control: &'a Control,
     pub(super) failures: &'a Failures,
+    /// A scan of the disk found headers behind that the sweep before it took for done: a page whose writeback failed
+    /// stays in the cache as if it were clean. Every header is written again.
+    pub(super) again: bool,
     pub(super) pace: Option<Mutex<Pace>>,
     pub(super) counts: Mutex<Counts>,
 }
@@ -53,7 +56,7 @@ impl<B: Backing> Sweep<'_, B> {
                 break;
             }
             let path = item.shown();
-            match first_half(self.shared, &self.target, item) {
+            match first_half(self.shared, &self.target, item, self.again) {
                 Ok(First::Current) => counts.current += 1,
                 Ok(First::Empty) => counts.empty += 1,
                 Ok(First::Gone) => counts.vanished += 1,

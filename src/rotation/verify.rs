@@ -8,7 +8,7 @@ use crate::backing::{Access, Backing};
 use crate::format::damage::Damage;
 use crate::format::header::SlotPair;
 use crate::format::ids::KekId;
-use crate::store::header::SLOTS_LEN;
+use crate::store::header::{SLOTS_LEN, Source};
 use crate::store::shared::Shared;
 use crate::store::{Result as StoreResult, StoreError};
 use parking_lot::Mutex;
@@ -49,7 +49,7 @@ impl<B: Backing> Verify<'_, B> {
         };
         // The lock only keeps a header from being seen half made; it is not needed for one that is whole.
         let _lock = locked.then(|| self.shared.inode_locks.exclusive(stat.dev, stat.ino));
-        Ok(match read_header(b, &file)? {
+        Ok(match read_header(b, &file, Source::Disk)? {
             None => Seen::Empty,
             Some((pair, _)) if item.reserved && pair.a == Err(Damage::HeaderMagic) && pair.a == pair.b => Seen::Gone,
             Some((pair, bytes)) => Seen::Header(Box::new((pair, bytes))),

@@ -22,13 +22,25 @@ use std::sync::Arc;
 /// Bytes of both slots.
 pub const SLOTS_LEN: usize = 2 * SLOT;
 
+/// Where slots are read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// As any reader sees them.
+    Cache,
+    /// Past the page cache: for a proof of what is on disk.
+    Disk,
+}
+
 /// Reads both slots of a backing file. `Ok(None)` for an empty file: it has no header and no key.
 ///
 /// # Errors
 /// The backing directory's, or [`Damage::HeaderShort`].
-pub fn read_slots<B: Backing>(b: &B, file: &B::File) -> Result<Option<(SlotPair, [u8; SLOTS_LEN])>> {
+pub fn read_slots<B: Backing>(b: &B, file: &B::File, from: Source) -> Result<Option<(SlotPair, [u8; SLOTS_LEN])>> {
     let mut bytes = [0u8; SLOTS_LEN];
-    let n = backing::read_into(b, file, &mut bytes, 0)?;
+    let n = match from {
+        Source::Cache => backing::read_into(b, file, &mut bytes, 0)?,
+        Source::Disk => b.read_past_cache(file, &mut bytes, 0)?,
+    };
     if n == 0 {
         return Ok(None);
     }

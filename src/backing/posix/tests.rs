@@ -422,3 +422,23 @@ fn passing_modes_are_not_seen(b: &Posix, root: &Node) {
     });
     assert_eq!(b.stat(node).unwrap().mode, 1);
 }
+
+#[test]
+fn a_read_past_the_cache_sees_what_was_written_and_leaves_the_descriptor_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let p = Posix::open(dir.path()).unwrap();
+    let root = p.root().unwrap();
+    let (_, f) = p.create(&root, b"f", 0o600, 0).unwrap();
+    let data: Vec<u8> = (0..6000u32).map(|i| i as u8 ^ (i >> 8) as u8).collect();
+    p.write_at(&f, &data, 0).unwrap();
+    let mut buf = [0u8; 2048];
+    assert_eq!(p.read_past_cache(&f, &mut buf, 0).unwrap(), 2048);
+    assert_eq!(buf[..], data[..2048]);
+    // The last page is short.
+    assert_eq!(p.read_past_cache(&f, &mut buf, 4096).unwrap(), 6000 - 4096);
+    assert_eq!(buf[..6000 - 4096], data[4096..]);
+    // Odd offsets and lengths work again, so O_DIRECT is gone.
+    let mut odd = [0u8; 33];
+    assert_eq!(crate::backing::read_into(&p, &f, &mut odd, 5).unwrap(), 33);
+    assert_eq!(odd[..], data[5..38]);
+}

@@ -85,7 +85,9 @@ impl RootKeyUri {
             "pkcs11" => pkcs11(rest),
             _ => Err(NO_SCHEME),
         };
-        parsed.map_err(|why| bad(text, why))
+        // The canonical text is what the keyring records, and escapes make it longer than what was typed.
+        let short = |uri: Self| if uri.to_string().len() <= URI_MAX { Ok(uri) } else { Err("longer than 1024 bytes") };
+        parsed.and_then(short).map_err(|why| bad(text, why))
     }
 
     /// Parses a URI recorded in a keyring: only the canonical text is accepted, so nothing that may only come from
@@ -445,6 +447,14 @@ mod tests {
     fn messages_show_no_control_characters() {
         let e = RootKeyUri::parse("\u{1b}[2J:evil\n").unwrap_err().to_string();
         assert!(!e.chars().any(char::is_control), "{e:?}");
+    }
+
+    #[test]
+    fn a_uri_whose_canonical_text_is_too_long_for_the_keyring_is_refused() {
+        // Found by fuzzing: each backslash takes three characters in the canonical text.
+        let text = format!("pkcs11:token=t;object={}", "\\".repeat(400));
+        assert!(text.len() < URI_MAX);
+        assert!(matches!(RootKeyUri::parse(&text), Err(KmsError::Config(_))));
     }
 
     proptest! {

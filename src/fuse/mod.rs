@@ -102,13 +102,11 @@ pub fn mount<B: Backing>(store: Arc<Store<B>>, o: &MountOptions) -> io::Result<M
     });
     match session {
         Ok((session, answered)) => {
-            if root && o.raise_dirty_limit && o.writeback {
-                let raised = tune::raise_dirty_limit(answered.st_dev);
-                if let Err(e) = raised {
-                    tracing::warn!(
-                        "could not raise the mount's limit on dirty pages, buffered writes stay slower: {e}"
-                    );
-                }
+            if root
+                && o.raise_limits
+                && let Err(e) = tune::raise_limits(answered.st_dev)
+            {
+                tracing::warn!("could not raise the mount's limits, streams and buffered writes stay slower: {e}");
             }
             Ok(Mounted { mountpoint: at, session })
         }

@@ -24,8 +24,8 @@ pub struct MountOptions {
     pub writeback: bool,
     /// Read-ahead and asynchronous requests that the kernel may have outstanding.
     pub max_background: u16,
-    /// As root, lift the 1 % of dirty memory that the kernel gives a FUSE mount by default.
-    pub raise_dirty_limit: bool,
+    /// As root, lift the 1 % of dirty memory and the 128 KiB of readahead that the kernel gives a FUSE mount.
+    pub raise_limits: bool,
     /// How long the kernel may trust names and attributes without asking. Nobody else changes a mounted store.
     pub cache_seconds: u32,
 }
@@ -42,7 +42,7 @@ impl MountOptions {
             threads: None,
             writeback: true,
             max_background: 64,
-            raise_dirty_limit: true,
+            raise_limits: true,
             cache_seconds: 24 * 60 * 60,
         }
     }

@@ -131,16 +131,18 @@ fn inodes_that_the_kernel_forgets_are_found_again_as_the_same() {
 }
 
 #[test]
-fn the_mounts_share_of_dirty_memory_is_raised() {
+fn the_mounts_limits_on_dirty_memory_and_readahead_are_raised() {
     needs_root!();
-    let ratio = |m: &Mount| {
+    let read = |m: &Mount, what: &str| {
         let dev = fs::metadata(m.path("")).unwrap().dev();
         let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
-        let text = fs::read_to_string(format!("/sys/class/bdi/{major}:{minor}/max_ratio")).unwrap();
+        let text = fs::read_to_string(format!("/sys/class/bdi/{major}:{minor}/{what}")).unwrap();
         text.trim().parse::<u32>().unwrap()
     };
-    assert_eq!(ratio(&Mount::new()), 100);
-    assert!(ratio(&Mount::with(|o| o.raise_dirty_limit = false)) < 100);
+    let raised = Mount::new();
+    assert_eq!((read(&raised, "max_ratio"), read(&raised, "read_ahead_kb")), (100, 1024));
+    let left = Mount::with(|o| o.raise_limits = false);
+    assert!(read(&left, "max_ratio") < 100 && read(&left, "read_ahead_kb") < 1024);
 }
 
 #[test]

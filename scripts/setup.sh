@@ -12,7 +12,7 @@ fi
 # program → package that brings it
 declare -A packages=(
     [cc]=build-essential [make]=build-essential [fusermount3]=fuse3 [getfattr]=attr [getfacl]=acl
-    [mkfs.ext4]=e2fsprogs [python3]=python3
+    [mkfs.ext4]=e2fsprogs [setcap]=libcap2-bin [python3]=python3 [setpriv]=util-linux [mount]=mount
 )
 PATH=$PATH:/sbin:/usr/sbin
 missing=()

@@ -168,16 +168,16 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Says that a test cannot run here and why.
-pub fn skip(why: &str) {
-    eprintln!("skipped: {why}");
+/// A test that lacks what it needs fails: a gate that skips proves nothing.
+pub fn missing(why: &str) {
+    panic!("{why}; the gate runs as root, after make setup");
 }
 
-/// Skips the rest of the test unless root runs it.
+/// Fails the test unless root runs it.
 macro_rules! needs_root {
     () => {
         if !super::support::is_root() {
-            return super::support::skip("needs root");
+            return super::support::missing("this test needs root");
         }
     };
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::support::{Mount, NOBODY, Place, STRANGER, as_user, as_user_in, needs_root, noise, sh, skip};
+use super::support::{Mount, NOBODY, Place, STRANGER, as_user, as_user_in, missing, needs_root, noise, sh};
 
 fn mode(path: impl AsRef<Path>) -> u32 {
     fs::symlink_metadata(path).unwrap().mode() & 0o7777
@@ -147,7 +147,7 @@ fn file_capabilities_fall_with_every_write() {
     needs_root!();
     let m = Mount::new();
     if Command::new("setcap").arg("-h").output().is_err() {
-        return skip("setcap is not installed");
+        return missing("setcap is not installed");
     }
     let has = || sh(&m.path(""), "getcap f").contains("cap_net_bind_service");
     for change in ["printf x >> f", "truncate -s 3 f", "chown 54321 f", "fallocate -l 9999 f"] {
@@ -187,7 +187,7 @@ fn acls_grant_and_are_inherited() {
     let m = Mount::new();
     fs::create_dir(m.path("d")).unwrap();
     if !set_acl(&m.path("d"), "access", &acl(STRANGER, 0)) {
-        return skip("the backing directory has no ACLs");
+        return missing("the backing directory has no ACLs");
     }
     assert!(set_acl(&m.path("d"), "default", &acl(STRANGER, 5)));
     fs::write(m.path("private"), "p").unwrap();
@@ -253,7 +253,7 @@ fn as_nobody(place: &Path, test: &str) -> std::process::Output {
 fn an_unprivileged_user_mounts_and_opens_files_of_any_mode() {
     needs_root!();
     if !Path::new("/usr/bin/fusermount3").exists() {
-        return skip("fusermount3 is not installed");
+        return missing("fusermount3 is not installed");
     }
     let place = Place::new();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o1777)).unwrap();

@@ -147,11 +147,6 @@ impl SimDisk {
         self.state().faults.clear();
     }
 
-    /// Sets the space for file content; see [`SimOptions::capacity`].
-    pub fn set_capacity(&self, bytes: Option<u64>) {
-        self.state().options.capacity = bytes;
-    }
-
     /// The disk after the process died: everything written so far. What was not durable still is not.
     pub fn crash_process(&self) -> SimDisk {
         Self::of(self.state().for_another_process())

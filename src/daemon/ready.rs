@@ -38,11 +38,6 @@ impl Sender {
         Self(None)
     }
 
-    /// Whether somebody waits.
-    pub fn is_waited_for(&self) -> bool {
-        self.0.is_some()
-    }
-
     /// The mount answers.
     pub fn ready(&mut self) {
         self.say(&Word::Ready);

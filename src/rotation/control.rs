@@ -50,11 +50,6 @@ impl Control {
         self.wishes.lock().paused
     }
 
-    /// Whether the run is asked to end.
-    pub fn is_cancelled(&self) -> bool {
-        self.wishes.lock().cancelled
-    }
-
     /// Returns at once, or when a pause is over.
     ///
     /// # Errors

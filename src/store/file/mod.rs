@@ -257,12 +257,6 @@ impl<B: Backing> FileCore<B> {
     pub fn file_id(&self) -> Option<FileId> {
         self.inner.read().keys.as_ref().map(|k| k.file)
     }
-
-    /// Present plaintext size, if the file is open. Agrees with what stat of the backing file gives.
-    pub fn open_len(&self) -> Option<u64> {
-        let inner = self.inner.read();
-        inner.file.is_some().then_some(inner.size)
-    }
 }
 
 impl<B: Backing> Inner<B> {

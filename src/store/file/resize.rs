@@ -6,7 +6,7 @@
 use super::io::{Patch, seal_blocks};
 use super::segment::Loaded;
 use super::{FileCore, FileKeys, Inner, OpenFile};
-use crate::backing::{Access, Allocate, Backing};
+use crate::backing::{Access, Allocate, Backing, Stat};
 use crate::format::geometry::{self, BLOCK, PAGE, PLAIN_MAX, SegmentRange};
 use crate::format::state::{CLEAN, Entry, SPARSE, SegmentState, TRUNCATING};
 use crate::store::error::{Result, StoreError};
@@ -134,16 +134,16 @@ impl<B: Backing> FileCore<B> {
             return Ok(());
         }
         let _times = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
-        self.keeping_times(inner, || self.change_file_state(inner, keys, |f| f.length = durable))
+        self.keeping_times(inner, |_| self.change_file_state(inner, keys, |f| f.length = durable))
     }
 
-    /// Runs `f`, which writes the backing file, and puts the mtime back. The caller holds the inode's stripe
-    /// exclusively.
-    pub(super) fn keeping_times(&self, inner: &Inner<B>, f: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Runs `f`, which writes the backing file, on what the file was before, and puts the mtime back. The caller holds
+    /// the inode's stripe exclusively.
+    pub(super) fn keeping_times(&self, inner: &Inner<B>, f: impl FnOnce(&Stat) -> Result<()>) -> Result<()> {
         use crate::backing::SetTime;
         let file = inner.backing_file()?;
         let before = self.shared.backing.stat_file(file)?;
-        f()?;
+        f(&before)?;
         Ok(self.shared.backing.set_file_times(file, SetTime::Omit, SetTime::At(before.mtime))?)
     }
 

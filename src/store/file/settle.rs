@@ -172,8 +172,8 @@ impl<B: Backing> FileCore<B> {
         let size = geometry::backing_size(inner.size);
         let length = inner.size;
         let promised = inner.promised && inner.resized;
-        let marked = self.keeping_times(inner, || {
-            if self.shared.backing.stat_file(file)?.size != size {
+        let marked = self.keeping_times(inner, |before| {
+            if before.size != size {
                 // Ends inside state pages that a write never came to use.
                 self.shared.backing.truncate(file, size)?;
             }

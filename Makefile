@@ -21,7 +21,7 @@ help:
 setup: $(PYTHON)
 
 # Packages are installed only if something is missing, so that a machine that has everything needs no network.
-$(PYTHON): scripts/setup.sh tests/reader/requirements.txt
+$(PYTHON): scripts/setup.sh tests/reader/requirements.txt tests/support/requirements.txt
 	scripts/setup.sh $(VENV)
 	@touch $(PYTHON)
 

@@ -13,6 +13,7 @@ fi
 declare -A packages=(
     [cc]=build-essential [make]=build-essential [fusermount3]=fuse3 [getfattr]=attr [getfacl]=acl
     [mkfs.ext4]=e2fsprogs [setcap]=libcap2-bin [python3]=python3 [setpriv]=util-linux [mount]=mount
+    [softhsm2-util]=softhsm2
 )
 PATH=$PATH:/sbin:/usr/sbin
 missing=()
@@ -33,7 +34,8 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/python" -m pip install -q --disable-pip-version-check -r "$(dirname "$0")/../tests/reader/requirements.txt"
+"$venv/bin/python" -m pip install -q --disable-pip-version-check \
+    -r "$(dirname "$0")/../tests/reader/requirements.txt" -r "$(dirname "$0")/../tests/support/requirements.txt"
 "$venv/bin/python" - <<'PY'
 # The reader needs AES-GCM-SIV, which OpenSSL has since 3.2; the wheels of `cryptography` bring their own.
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV

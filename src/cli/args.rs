@@ -55,18 +55,22 @@ pub struct KeySource {
     #[arg(long = "key", value_name = "URI")]
     pub keys: Vec<String>,
     #[command(flatten)]
-    pub passphrase: PassphraseArgs,
+    pub access: AccessArgs,
 }
 
-/// Where a passphrase comes from; without any of these, from the terminal.
+/// How to get at root keys: where a passphrase comes from (without any of these, from the terminal), and the
+/// configuration that says where key services are.
 #[derive(Debug, Args, Default, Clone)]
-pub struct PassphraseArgs {
+pub struct AccessArgs {
     /// Read the passphrase from FILE; one newline at the end is left out
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_command")]
     pub passphrase_file: Option<PathBuf>,
     /// Read the passphrase from what COMMAND (run by sh) prints
     #[arg(long, value_name = "COMMAND")]
     pub passphrase_command: Option<String>,
+    /// Configuration file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 /// What opens a store that is about to get or lose root keys.
@@ -76,7 +80,7 @@ pub struct OpenKeys {
     #[arg(long = "open-key", value_name = "URI")]
     pub open_keys: Vec<String>,
     #[command(flatten)]
-    pub passphrase: PassphraseArgs,
+    pub access: AccessArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -131,9 +135,6 @@ pub struct MountArgs {
     pub options: Vec<String>,
     #[command(flatten)]
     pub key: KeySource,
-    /// Configuration file
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
     /// Log to FILE, not to the system log
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,

@@ -45,9 +45,9 @@ pub fn run(a: &CheckArgs) -> Result<(), Fault> {
 
 /// The opened keyring; `None`, with a word on standard error, if nobody asked for keys and there are none to be had.
 fn keys(a: &CheckArgs, b: &Posix) -> Result<Option<Keys>, Fault> {
-    let p = &a.key.passphrase;
+    let p = &a.key.access;
     let asked = a.deep || !a.key.keys.is_empty() || p.passphrase_file.is_some() || p.passphrase_command.is_some();
-    match open::keys(b, &a.key.keys, &root_keys::connect_options(p)) {
+    match open::keys(b, &a.key.keys, &root_keys::connect_options(p)?) {
         Ok(k) => Ok(Some(k)),
         Err(f) if asked => Err(f),
         Err(f) => {

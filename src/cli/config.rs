@@ -2,6 +2,7 @@
 
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::process;
+use crate::kms::services::Services;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io;
@@ -13,6 +14,8 @@ use std::path::{Path, PathBuf};
 pub struct Config {
     /// For every store that does not say otherwise.
     pub defaults: Defaults,
+    /// Where key services are.
+    pub services: Services,
     /// Stores by name.
     pub store: BTreeMap<String, StoreConfig>,
 }

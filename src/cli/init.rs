@@ -22,7 +22,7 @@ pub fn run(a: &InitArgs) -> Result<(), Fault> {
     make_directory(&a.backing)?;
     refuse_unless_empty(&a.backing)?;
     let b = Posix::open(&a.backing).map_err(|e| Fault::io("open", &a.backing, &e))?;
-    let connect = root_keys::connect_options(&a.key.passphrase);
+    let connect = root_keys::connect_options(&a.key.access)?;
     let (mut said, mut roots) = (String::new(), Vec::new());
     for u in &uris {
         let made = root_keys::made(u);

@@ -1,6 +1,6 @@
 //! `key add` and `key remove`: root keys of the keyring, through the daemon if the store is mounted.
 
-use super::args::{KeyCommand, OpenKeys, PassphraseArgs};
+use super::args::{AccessArgs, KeyCommand, OpenKeys};
 use super::place::Place;
 use super::{output, root_keys, status};
 use crate::daemon::fault::{Fault, FaultKind};
@@ -30,7 +30,10 @@ pub fn run(c: &KeyCommand) -> Result<(), Fault> {
 
 fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys) -> Result<(), Fault> {
     let uris = open::parse(&[uri.to_string()])?;
-    let new = root_keys::new_passphrase(passphrase_file, &PassphraseArgs::default());
+    let new = root_keys::new_passphrase(
+        passphrase_file,
+        &AccessArgs { config: old.access.config.clone(), ..Default::default() },
+    );
     let made: String = uris.iter().map(root_keys::made).collect();
     if let Some(c) = place.connect()? {
         let passphrase = root_keys::passphrase_for(&uris, &new)?;
@@ -38,8 +41,8 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys)
     } else {
         let (keys, _lock) = opened(place, old)?;
         for u in &uris {
-            let provider =
-                kms::connect(u, &root_keys::connect_options(&new), true).map_err(|e| Fault::kms(&u.to_string(), &e))?;
+            let provider = kms::connect(u, &root_keys::connect_options(&new)?, true)
+                .map_err(|e| Fault::kms(&u.to_string(), &e))?;
             keys.add_root_key(&place.posix, &provider).map_err(|e| Fault::store(&place.backing, &e))?;
         }
     }
@@ -61,7 +64,7 @@ fn remove(place: &Place, which: &str, old: &OpenKeys) -> Result<(), Fault> {
 /// The keyring, with the lock under which it may be changed.
 fn opened(place: &Place, old: &OpenKeys) -> Result<(Keys, VolumeLock), Fault> {
     let lock = VolumeLock::take(&place.backing, "key")?;
-    let keys = open::keys(&place.posix, &old.open_keys, &root_keys::connect_options(&old.passphrase))?;
+    let keys = open::keys(&place.posix, &old.open_keys, &root_keys::connect_options(&old.access)?)?;
     Ok((keys, lock))
 }
 

@@ -1,7 +1,7 @@
 //! `mount`: puts together what is to be mounted from the command line, fstab and the configuration, in this order of
 //! precedence, and mounts it in the foreground or in a daemon of its own.
 
-use super::args::{MountArgs, PassphraseArgs};
+use super::args::MountArgs;
 use super::config::{Config, StoreConfig};
 use super::exit::Exit;
 use super::options::{self, Helper, Options};
@@ -92,7 +92,7 @@ fn remount(mountpoint: &Path, o: &Options) -> Result<(), Fault> {
 fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
     let mut o = options::parse(&a.options)?;
     ours(&mut a, &mut o)?;
-    let config = Config::load(a.config.as_deref())?;
+    let config = Config::load(a.key.access.config.as_deref())?;
     let table = config.store.get(&a.store).filter(|_| !a.store.contains('/'));
     if let Some(t) = table {
         merge(&mut a, &mut o, t)?;
@@ -121,7 +121,7 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
     mount.fs_name = name.to_string();
     mount.options = o.pass;
     mount.threads = a.threads.or(d.threads).map(usize::from);
-    let connect = root_keys::connect_options(&a.key.passphrase);
+    let connect = root_keys::connect_with(&a.key.access, &config);
     Ok(Plan {
         backing,
         keys: a.key.keys,
@@ -149,9 +149,9 @@ fn ours(a: &mut MountArgs, o: &mut Options) -> Result<(), Fault> {
         let path = || Some(PathBuf::from(&value));
         match name.as_str() {
             "key" => a.key.keys.push(value),
-            "passphrase_file" => a.key.passphrase.passphrase_file = a.key.passphrase.passphrase_file.take().or(path()),
-            "passphrase_command" => a.key.passphrase.passphrase_command = Some(value),
-            "config" => a.config = a.config.take().or(path()),
+            "passphrase_file" => a.key.access.passphrase_file = a.key.access.passphrase_file.take().or(path()),
+            "passphrase_command" => a.key.access.passphrase_command = Some(value),
+            "config" => a.key.access.config = a.key.access.config.take().or(path()),
             "log_file" => a.log_file = a.log_file.take().or(path()),
             "log_level" => a.log_level = Some(level(&value)?),
             _ => {
@@ -183,11 +183,9 @@ fn merge(a: &mut MountArgs, o: &mut Options, t: &StoreConfig) -> Result<(), Faul
     if a.key.keys.is_empty() {
         a.key.keys.clone_from(&t.keys);
     }
-    if a.key.passphrase.passphrase_file.is_none() && a.key.passphrase.passphrase_command.is_none() {
-        a.key.passphrase = PassphraseArgs {
-            passphrase_file: t.passphrase_file.clone(),
-            passphrase_command: t.passphrase_command.clone(),
-        };
+    if a.key.access.passphrase_file.is_none() && a.key.access.passphrase_command.is_none() {
+        a.key.access.passphrase_file.clone_from(&t.passphrase_file);
+        a.key.access.passphrase_command.clone_from(&t.passphrase_command);
     }
     a.log_file = a.log_file.take().or_else(|| t.log_file.clone());
     a.threads = a.threads.or(t.threads);

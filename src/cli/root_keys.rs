@@ -1,28 +1,37 @@
 //! Root keys as the command line names them.
 
-use super::args::PassphraseArgs;
+use super::args::AccessArgs;
+use super::config::Config;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::protocol::Hidden;
 use crate::kms::{self, ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, Scheme};
 use std::path::Path;
 use std::sync::Arc;
 
+/// How to reach root keys.
+///
+/// # Errors
+/// [`FaultKind::Config`] if the configuration cannot be used.
+pub fn connect_options(a: &AccessArgs) -> Result<ConnectOptions, Fault> {
+    Ok(connect_with(a, &Config::load(a.config.as_deref())?))
+}
+
 /// How to reach root keys, with paths made absolute so that they outlive a change of directory.
-pub fn connect_options(a: &PassphraseArgs) -> ConnectOptions {
+pub fn connect_with(a: &AccessArgs, config: &Config) -> ConnectOptions {
     let absolute = |p: &Path| std::path::absolute(p).unwrap_or_else(|_| p.to_path_buf());
     let passphrase = match (&a.passphrase_file, &a.passphrase_command) {
         (Some(f), _) => Some(PassphraseSource::File(absolute(f))),
         (None, Some(c)) => Some(PassphraseSource::Command(c.clone())),
         (None, None) => None,
     };
-    ConnectOptions { passphrase, ..Default::default() }
+    ConnectOptions { passphrase, services: config.services.clone(), ..Default::default() }
 }
 
 /// A new passphrase for the daemon, which has no terminal to ask on; `None` if none of `uris` needs one.
 ///
 /// # Errors
 /// [`FaultKind::RootKey`] if there is none to be had.
-pub fn passphrase_for(uris: &[RootKeyUri], a: &PassphraseArgs) -> Result<Option<Hidden>, Fault> {
+pub fn passphrase_for(uris: &[RootKeyUri], a: &AccessArgs) -> Result<Option<Hidden>, Fault> {
     if !uris.iter().any(|u| u.scheme() == Scheme::Passphrase) {
         return Ok(None);
     }
@@ -33,8 +42,8 @@ pub fn passphrase_for(uris: &[RootKeyUri], a: &PassphraseArgs) -> Result<Option<
 ///
 /// # Errors
 /// [`FaultKind::RootKey`] if there is none to be had.
-pub fn read_passphrase(a: &PassphraseArgs, new: bool) -> Result<Hidden, Fault> {
-    let source = connect_options(a).passphrase.unwrap_or(PassphraseSource::Terminal);
+pub fn read_passphrase(a: &AccessArgs, new: bool) -> Result<Hidden, Fault> {
+    let source = connect_options(a)?.passphrase.unwrap_or(PassphraseSource::Terminal);
     let text = crate::kms::passphrase::text(&source, new).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
     String::from_utf8(text.to_vec())
         .map(Hidden::new)
@@ -42,9 +51,9 @@ pub fn read_passphrase(a: &PassphraseArgs, new: bool) -> Result<Hidden, Fault> {
 }
 
 /// Where a new passphrase comes from: `file`, or else as `otherwise` says.
-pub fn new_passphrase(file: Option<&Path>, otherwise: &PassphraseArgs) -> PassphraseArgs {
+pub fn new_passphrase(file: Option<&Path>, otherwise: &AccessArgs) -> AccessArgs {
     match file {
-        Some(f) => PassphraseArgs { passphrase_file: Some(f.to_path_buf()), passphrase_command: None },
+        Some(f) => AccessArgs { passphrase_file: Some(f.to_path_buf()), passphrase_command: None, ..otherwise.clone() },
         None => otherwise.clone(),
     }
 }

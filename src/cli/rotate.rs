@@ -57,12 +57,12 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
 /// The passphrase the daemon needs and cannot ask for: that of a new root key after `--key`, or, if the operator gave one
 /// and no `--key`, that of the root key the daemon was not opened with.
 fn passphrase(a: &RotateArgs) -> Result<Option<Hidden>, Fault> {
-    let given = a.open.passphrase.passphrase_file.is_some() || a.open.passphrase.passphrase_command.is_some();
+    let given = a.open.access.passphrase_file.is_some() || a.open.access.passphrase_command.is_some();
     match (a.keys.is_empty(), given) {
-        (true, true) => root_keys::read_passphrase(&a.open.passphrase, false).map(Some),
+        (true, true) => root_keys::read_passphrase(&a.open.access, false).map(Some),
         (true, false) => Ok(None),
         (false, _) => {
-            let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.passphrase);
+            let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.access);
             root_keys::passphrase_for(&open::parse(&a.keys)?, &new)
         }
     }
@@ -84,13 +84,13 @@ fn ended(s: RotationState, a: &RotateArgs) -> Result<(), Fault> {
 fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
     let _lock = VolumeLock::take(&place.backing, "rotate")?;
-    let connect = root_keys::connect_options(&a.open.passphrase);
+    let connect = root_keys::connect_options(&a.open.access)?;
     let b = open::backing(&place.backing)?;
     let keys = open::keys(&b, &a.open.open_keys, &connect)?;
-    let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.passphrase);
+    let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.access);
     let options = Options {
         kek: a.kek.map(Into::into),
-        root: root_keys::for_new_kek(&open::parse(&a.keys)?, &root_keys::connect_options(&new))?,
+        root: root_keys::for_new_kek(&open::parse(&a.keys)?, &root_keys::connect_options(&new)?)?,
         rate: a.rate,
         jobs: a.jobs,
         dry_run: a.dry_run,

@@ -8,6 +8,7 @@ use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
 use crate::format::ids::RootKeyId;
+use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri};
 use crate::rotation;
 use crate::store::Store;
@@ -23,6 +24,8 @@ pub struct Control {
     pub job: Arc<Job>,
     pub mountpoint: PathBuf,
     pub backing: PathBuf,
+    /// Where key services are, for new root keys.
+    pub services: Services,
     pub started: Instant,
 }
 
@@ -67,7 +70,7 @@ impl Control {
     }
 
     fn rotate(&self, r: &RotateRequest, client: &mut Client) -> io::Result<()> {
-        let started = self.connect_root(r).and_then(|()| rotate_options(r)).and_then(|options| {
+        let started = self.connect_root(r).and_then(|()| self.rotate_options(r)).and_then(|options| {
             let store = self.store.clone();
             let backing = self.backing.clone();
             self.job.start(move |progress, control| {
@@ -85,13 +88,13 @@ impl Control {
     fn connect_root(&self, r: &RotateRequest) -> Result<(), Fault> {
         let Some(p) = r.passphrase.as_ref().filter(|_| r.keys.is_empty()) else { return Ok(()) };
         let uri = RootKeyUri::parse("passphrase:").map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
-        let key = connect(&uri, Some(p), false)?;
+        let key = self.connect_to(&uri, Some(p), false)?;
         self.store.shared().keys.connect_root(&key).map(drop).map_err(|e| Fault::store(&self.backing, &e))
     }
 
     fn key_add(&self, uri: &str, passphrase: Option<&Hidden>) -> Result<(), Fault> {
         let uri = RootKeyUri::parse(uri).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
-        let key = connect(&uri, passphrase, true)?;
+        let key = self.connect_to(&uri, passphrase, true)?;
         let shared = self.store.shared();
         shared.keys.add_root_key(&shared.backing, &key).map_err(|e| Fault::store(&self.backing, &e))?;
         Ok(())
@@ -102,26 +105,31 @@ impl Control {
         let shared = self.store.shared();
         shared.keys.remove_root_key(&shared.backing, id).map_err(|e| Fault::store(&self.backing, &e))
     }
-}
 
-/// The provider of `uri`; with `create`, a key file that is not there is made. The daemon has no terminal: a passphrase comes with the request or not at all.
-fn connect(uri: &RootKeyUri, passphrase: Option<&Hidden>, create: bool) -> Result<Arc<dyn KeyProvider>, Fault> {
-    let fixed = passphrase.map(|p| PassphraseSource::Fixed(Zeroizing::new(p.expose().as_bytes().to_vec())));
-    let o = ConnectOptions { passphrase: fixed, ..Default::default() };
-    crate::kms::connect(uri, &o, create).map_err(|e| Fault::kms(&uri.to_string(), &e))
-}
+    /// The provider of `uri`; with `create`, a key file that is not there is made. The daemon has no terminal: a passphrase comes with the request or not at all.
+    fn connect_to(
+        &self,
+        uri: &RootKeyUri,
+        passphrase: Option<&Hidden>,
+        create: bool,
+    ) -> Result<Arc<dyn KeyProvider>, Fault> {
+        let fixed = passphrase.map(|p| PassphraseSource::Fixed(Zeroizing::new(p.expose().as_bytes().to_vec())));
+        let o = ConnectOptions { passphrase: fixed, services: self.services.clone(), ..Default::default() };
+        crate::kms::connect(uri, &o, create).map_err(|e| Fault::kms(&uri.to_string(), &e))
+    }
 
-/// What a run is asked to do.
-fn rotate_options(r: &RotateRequest) -> Result<rotation::Options, Fault> {
-    let uris = open::parse(&r.keys)?;
-    let root = uris.iter().map(|u| connect(u, r.passphrase.as_ref(), false)).collect::<Result<_, _>>()?;
-    Ok(rotation::Options {
-        kek: r.kek,
-        root,
-        rate: r.rate,
-        jobs: r.jobs,
-        dry_run: r.dry_run,
-        destroy_old: r.destroy_old,
-        restart: r.restart,
-    })
+    /// What a run is asked to do.
+    fn rotate_options(&self, r: &RotateRequest) -> Result<rotation::Options, Fault> {
+        let uris = open::parse(&r.keys)?;
+        let root = uris.iter().map(|u| self.connect_to(u, r.passphrase.as_ref(), false)).collect::<Result<_, _>>()?;
+        Ok(rotation::Options {
+            kek: r.kek,
+            root,
+            rate: r.rate,
+            jobs: r.jobs,
+            dry_run: r.dry_run,
+            destroy_old: r.destroy_old,
+            restart: r.restart,
+        })
+    }
 }

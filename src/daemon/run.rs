@@ -68,6 +68,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
         job: job.clone(),
         mountpoint: plan.mount.mountpoint.clone(),
         backing: plan.backing.clone(),
+        services: plan.connect.services.clone(),
         started: Instant::now(),
     };
     let id = store.shared().keys.store_id();

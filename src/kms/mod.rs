@@ -4,9 +4,11 @@
 //! [`WrapContext`], by the same root key, by a later process. Calls block; a provider over an asynchronous SDK keeps
 //! its runtime inside. No error of a provider may ever lead the caller to anything irreversible.
 
+pub mod event;
 pub mod keyfile;
 pub mod passphrase;
 pub mod scripted;
+pub mod services;
 pub mod uri;
 
 pub use passphrase::{Argon2Cost, PassphraseSource};
@@ -167,6 +169,24 @@ pub trait KeyProvider: Send + Sync {
         let wrapped = self.wrap(&key, context)?;
         Ok((key, wrapped))
     }
+
+    /// Asks, with a cheap call that unwraps nothing, whether the root key can be used now.
+    ///
+    /// # Errors
+    /// What is wrong: any [`KmsError`] but `BadCiphertext`.
+    fn health(&self) -> Result<(), KmsError> {
+        Ok(())
+    }
+
+    /// Whether `wrapped` was made with an older version of the root key than the one that wraps now, so that
+    /// [`KeyProvider::rewrap`] with the same context would move it on. `false` where keys have no versions.
+    ///
+    /// # Errors
+    /// As `health`.
+    fn rewrap_due(&self, wrapped: &[u8]) -> Result<bool, KmsError> {
+        let _ = wrapped;
+        Ok(false)
+    }
 }
 
 /// How to reach root keys: everything that must not stand in the keyring.
@@ -177,6 +197,8 @@ pub struct ConnectOptions {
     pub passphrase: Option<PassphraseSource>,
     /// Cost of Argon2id for a newly set passphrase. `None`: the default.
     pub argon2: Option<Argon2Cost>,
+    /// Where key services are, from the configuration.
+    pub services: services::Services,
 }
 
 /// Makes the provider for `uri`. With `create`, a key file that is not there is made, and a passphrase is asked twice.
@@ -193,11 +215,16 @@ pub fn connect(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc
             let source = o.passphrase.clone().unwrap_or_else(default_source);
             Ok(Arc::new(passphrase::PassphraseKey::open(&source, o.argon2.unwrap_or_default(), create)?))
         }
-        s @ (Scheme::AwsKms | Scheme::GcpKms | Scheme::Vault | Scheme::Pkcs11) => Err(KmsError::Config(format!(
-            "{uri}: {} root keys are not built into this envelopefs; built in are keyfile: and passphrase:",
-            s.as_str()
-        ))),
+        Scheme::AwsKms => Err(not_built_in(uri)),
+        Scheme::GcpKms => Err(not_built_in(uri)),
+        Scheme::Vault => Err(not_built_in(uri)),
+        Scheme::Pkcs11 => Err(not_built_in(uri)),
     }
+}
+
+fn not_built_in(uri: &RootKeyUri) -> KmsError {
+    let scheme = uri.scheme().as_str();
+    KmsError::Config(format!("{uri}: {scheme} root keys were left out of this build; build with --features {scheme}"))
 }
 
 fn default_source() -> PassphraseSource {

@@ -710,6 +710,7 @@ fn on_a_real_directory_with_a_key_file_and_a_passphrase() {
     let with = |text: &str| ConnectOptions {
         passphrase: Some(PassphraseSource::Fixed(text.as_bytes().to_vec().into())),
         argon2: Some(Argon2Cost::LEAST),
+        ..Default::default()
     };
     let file = RootKeyUri::parse(&format!("keyfile:{}/key", keydir.path().display())).unwrap();
     let phrase = RootKeyUri::parse("passphrase:").unwrap();

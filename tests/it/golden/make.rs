@@ -135,6 +135,7 @@ fn make(target: &Path, plaintext_names: bool) {
     let o = ConnectOptions {
         passphrase: Some(PassphraseSource::Fixed(Zeroizing::new(PASSPHRASE.to_vec()))),
         argon2: Some(Argon2Cost::LEAST),
+        ..Default::default()
     };
     let uris = [format!("keyfile:{}", key.display()), "passphrase:".to_owned()];
     let roots: Vec<Arc<dyn KeyProvider>> =

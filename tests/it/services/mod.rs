@@ -1,0 +1,4 @@
+//! Key services: each provider against a real server where one runs here (OpenBao, SoftHSM), else against a fake that
+//! says so. Servers listen on loopback at a port found free and die with the test.
+
+mod server;

@@ -5,7 +5,7 @@ VENV   := target/venv
 PYTHON := $(VENV)/bin/python
 BIN    := target/debug/envelopefs
 
-.PHONY: help setup build check fmt lint test test-rust test-reader test-fuzz bench kill-test fuzz quickstart install clean
+.PHONY: help setup build check fmt lint features test test-rust test-reader test-fuzz bench kill-test fuzz quickstart install clean
 
 help:
 	@echo 'make quickstart   install what is needed, build, and show a store at work in a temporary folder'
@@ -28,13 +28,18 @@ $(PYTHON): scripts/setup.sh tests/reader/requirements.txt tests/support/requirem
 build:
 	$(CARGO) build --release --locked
 
-check: setup fmt lint test
+check: setup fmt lint features test
 
 fmt:
 	$(CARGO) fmt --check
 
 lint:
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+# A build may leave out any kind of key service.
+features:
+	for f in "" aws-kms gcp-kms vault pkcs11; do \
+		$(CARGO) clippy --locked --no-default-features --features "$$f" -- -D warnings || exit 1; done
 
 test: test-rust test-reader test-fuzz
 

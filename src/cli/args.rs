@@ -186,6 +186,9 @@ pub struct RotateArgs {
     /// N worker threads
     #[arg(long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
+    /// Wait up to SECONDS for a key service that stops answering, before files count as failed
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub patience: u64,
     /// Count what would be done, change nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -12,6 +12,7 @@ use crate::rotation::{Control, Options, Outcome, Progress, Report, State, Status
 use crate::store::{Store, StoreOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Runs the subcommand.
 ///
@@ -33,6 +34,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
                 kek: a.kek.map(Into::into),
                 rate: a.rate,
                 jobs: a.jobs,
+                patience: a.patience,
                 dry_run: a.dry_run,
                 restart: a.restart,
                 detach: a.detach,
@@ -93,6 +95,7 @@ fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
         root: root_keys::for_new_kek(&open::parse(&a.keys)?, &root_keys::connect_options(&new)?)?,
         rate: a.rate,
         jobs: a.jobs,
+        patience: Duration::from_secs(a.patience),
         dry_run: a.dry_run,
         destroy_old: a.destroy_old,
         restart: a.restart,
@@ -131,9 +134,17 @@ impl Progress for Shown<'_> {
 }
 
 fn show(meter: &Meter, s: &Status) {
-    let paused = if s.paused { ", paused" } else { "" };
-    let says = format!("{}: {} rewrapped, {:.0}/s{paused}", phase(s.state), s.counts.rewrapped, s.rate);
+    let says = format!("{}: {} rewrapped, {:.0}/s{}", phase(s.state), s.counts.rewrapped, s.rate, standing(s));
     meter.update(s.counts.scanned, s.expected, &says);
+}
+
+/// Why it does not get on, if so.
+fn standing(s: &Status) -> &'static str {
+    match (s.paused, s.waiting) {
+        (true, _) => ", paused",
+        (false, true) => ", waiting for the key service",
+        (false, false) => "",
+    }
 }
 
 fn phase(s: State) -> &'static str {
@@ -153,8 +164,7 @@ pub fn in_words(s: &RotationState) -> String {
     match (&s.status, &s.report, &s.fault) {
         (Some(t), _, _) if s.running => {
             let of = t.expected.map_or(String::new(), |n| format!(" of {n}"));
-            let paused = if t.paused { ", paused" } else { "" };
-            format!("{}, {}{of} files, pass {}{paused}", phase(t.state), t.counts.scanned, t.pass)
+            format!("{}, {}{of} files, pass {}{}", phase(t.state), t.counts.scanned, t.pass, standing(t))
         }
         (_, Some(r), _) => {
             format!("last one {}: {} files moved to KEK {}", outcome(r.outcome), r.sweep.rewrapped, r.target)

@@ -15,7 +15,7 @@ use crate::store::Store;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 /// The mounted store, as clients see it.
@@ -127,6 +127,7 @@ impl Control {
             root,
             rate: r.rate,
             jobs: r.jobs,
+            patience: Duration::from_secs(r.patience),
             dry_run: r.dry_run,
             destroy_old: r.destroy_old,
             restart: r.restart,

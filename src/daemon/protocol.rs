@@ -55,6 +55,8 @@ pub struct RotateRequest {
     pub rate: Option<NonZeroU32>,
     /// Worker threads.
     pub jobs: Option<NonZeroUsize>,
+    /// Seconds for which a key service that does not answer is waited for.
+    pub patience: u64,
     /// Count only, change nothing.
     pub dry_run: bool,
     /// Make a new KEK even though an earlier rotation is unfinished.

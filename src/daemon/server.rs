@@ -180,6 +180,7 @@ mod tests {
         Status {
             state: State::Sweeping,
             paused: false,
+            waiting: false,
             target: None,
             pass,
             counts: Counts::default(),

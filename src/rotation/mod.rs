@@ -26,6 +26,7 @@ pub mod moves;
 pub mod options;
 pub mod pace;
 mod pass;
+mod patience;
 mod plan;
 pub mod record;
 pub mod report;

@@ -4,6 +4,7 @@ use crate::format::keyring::KekKind;
 use crate::kms::KeyProvider;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Options of one run. `Default` is what `envelopefs rotate` does without any.
 #[derive(Clone, Default)]
@@ -16,6 +17,9 @@ pub struct Options {
     pub rate: Option<NonZeroU32>,
     /// Workers. `None`: as many as there are processors, at most 8.
     pub jobs: Option<NonZeroUsize>,
+    /// How long a key service that does not answer is waited for in the middle of a sweep, before files count as
+    /// failed. Zero: not at all.
+    pub patience: Duration,
     /// Count what there is to do and change nothing.
     pub dry_run: bool,
     /// Once no header names them any more, destroy every KEK but the new one: their wrapped bytes leave the keyring.
@@ -32,6 +36,7 @@ impl std::fmt::Debug for Options {
             .field("root", &self.root.len())
             .field("rate", &self.rate)
             .field("jobs", &self.jobs)
+            .field("patience", &self.patience)
             .field("dry_run", &self.dry_run)
             .field("destroy_old", &self.destroy_old)
             .field("restart", &self.restart)

@@ -67,6 +67,9 @@ pub struct Status {
     pub state: State,
     /// Asked to pause.
     pub paused: bool,
+    /// The key service does not answer and is waited for.
+    #[serde(default)]
+    pub waiting: bool,
     /// The new KEK.
     pub target: Option<KekId>,
     /// Walks over the store so far, counting this one: sweep and verify alternate.

@@ -103,7 +103,6 @@ pub(super) enum First<B: Backing> {
 
 /// A header between the halves.
 pub(super) struct Half<B: Backing> {
-    pub(super) item: Item<B>,
     node: Arc<B::Node>,
     pub(super) file: B::File,
     stat: Stat,
@@ -130,10 +129,10 @@ struct Plan {
 pub(super) fn first_half<B: Backing>(
     shared: &Shared<B>,
     target: &KekHandle,
-    item: Item<B>,
+    item: &Item<B>,
     again: bool,
 ) -> Result<First<B>> {
-    let (node, file, stat) = match look(&shared.backing, &item, Access::ReadWrite)? {
+    let (node, file, stat) = match look(&shared.backing, item, Access::ReadWrite)? {
         Look::Open { node, file, stat } => (node, file, stat),
         Look::Empty => return Ok(First::Empty),
         Look::Gone => return Ok(First::Gone),
@@ -159,7 +158,7 @@ pub(super) fn first_half<B: Backing>(
         drop(lock);
         let mut expect = old;
         put(&mut expect, plan.slot, &plan.bytes);
-        let half = Half { item, node, file, stat, written: plan.slot, bytes: plan.bytes, expect };
+        let half = Half { node, file, stat, written: plan.slot, bytes: plan.bytes, expect };
         return Ok(First::Half(Box::new(half)));
     }
     Err(busy())
@@ -230,23 +229,22 @@ fn put(slots: &mut Slots, copy: Copy2, bytes: &[u8; SLOT]) {
 }
 
 /// What came of the second half.
-pub(super) enum Second<B: Backing> {
+pub(super) enum Second {
     /// Both slots hold the new wrap.
     Done,
     /// The file was emptied or its header changed meanwhile: begin again.
-    Again(Item<B>),
+    Again,
 }
 
 /// Writes the new wrap over the other slot, after what the first half wrote was made durable.
 ///
 /// # Errors
 /// The backing directory's.
-pub(super) fn second_half<B: Backing>(shared: &Shared<B>, half: Half<B>) -> Result<Second<B>> {
+pub(super) fn second_half<B: Backing>(shared: &Shared<B>, half: Half<B>) -> Result<Second> {
     let _lock = shared.inode_locks.exclusive(half.stat.dev, half.stat.ino);
     match read_slots(&shared.backing, &half.file, Source::Cache) {
         Ok(Some((_, now))) if now == half.expect => {}
-        Ok(_) => return Ok(Second::Again(half.item)),
-        Err(StoreError::Damage(_)) => return Ok(Second::Again(half.item)),
+        Ok(_) | Err(StoreError::Damage(_)) => return Ok(Second::Again),
         Err(e) => return Err(e),
     }
     write_slot(&shared.backing, &half.node, &half.file, half.written.other(), &half.bytes)?;

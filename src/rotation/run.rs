@@ -6,6 +6,7 @@ use super::moves::Moves;
 use super::options::Options;
 use super::pace::Pace;
 use super::pass::{Failures, Pass};
+use super::patience::Patience;
 use super::plan::{self, Begin, Wish};
 use super::report::{Counts, Failure, Outcome, Progress, Report, State, Status};
 use super::sweep::Sweep;
@@ -238,12 +239,14 @@ impl<'a, B: Backing> Run<'a, B> {
             failures: &failures,
             again,
             pace: self.options.rate.map(|r| Mutex::new(Pace::new(r))),
+            patience: Mutex::new(Patience::new(self.options.patience)),
             counts: Mutex::new(Counts::default()),
         };
         let pass_began = Instant::now();
         let (mut noted, mut reached) = (Instant::now(), cursor.to_vec());
         let end = self.pass(&failures).run(cursor, &sweep, &mut |at| {
-            self.show(*sweep.counts.lock(), pass_began);
+            let waiting = sweep.patience.lock().is_waiting();
+            self.show(*sweep.counts.lock(), pass_began, waiting);
             if let Some(at) = at {
                 reached = at.to_vec();
             }
@@ -279,7 +282,7 @@ impl<'a, B: Backing> Run<'a, B> {
         let pass_began = Instant::now();
         let end = self.pass(&failures).run(b"", &verify, &mut |_| {
             let counts = verify.found.lock().counts;
-            self.show(counts, pass_began);
+            self.show(counts, pass_began, false);
         });
         let found = verify.found.into_inner();
         (self.failures, self.failures_total) = failures.take();
@@ -314,10 +317,10 @@ impl<'a, B: Backing> Run<'a, B> {
     fn enter(&mut self, state: State, target: KekId, cursor: &[u8]) {
         self.state = state;
         self.journal.borrow_mut().note(state, target, self.started, self.files, cursor);
-        self.show(Counts::default(), Instant::now());
+        self.show(Counts::default(), Instant::now(), false);
     }
 
-    fn show(&self, counts: Counts, pass_began: Instant) {
+    fn show(&self, counts: Counts, pass_began: Instant, waiting: bool) {
         let seconds = pass_began.elapsed().as_secs_f64();
         let rate = if seconds > 0.0 { counts.scanned as f64 / seconds } else { 0.0 };
         let expected = Some(self.files).filter(|f| *f > 0);
@@ -325,6 +328,7 @@ impl<'a, B: Backing> Run<'a, B> {
         self.progress.update(&Status {
             state: self.state,
             paused: self.control.is_paused(),
+            waiting,
             target: self.target,
             pass: self.passes,
             counts,

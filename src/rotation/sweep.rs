@@ -3,6 +3,7 @@
 use super::control::{Cancelled, Control};
 use super::pace::Pace;
 use super::pass::{Failures, Item, Visitor};
+use super::patience::Patience;
 use super::report::Counts;
 use super::rewrap::{First, Half, Second, first_half, second_half};
 use crate::backing::Backing;
@@ -19,6 +20,9 @@ const SYNC_ALL_FROM: usize = 8;
 /// How often a file is begun again whose header changed between the halves.
 const TRIES: usize = 8;
 
+/// A header between its halves, and where it was found.
+type Begun<B> = (Item<B>, Half<B>);
+
 /// Rewraps what it is given.
 pub(super) struct Sweep<'a, B: Backing> {
     pub(super) shared: &'a Shared<B>,
@@ -29,6 +33,7 @@ pub(super) struct Sweep<'a, B: Backing> {
     /// stays in the cache as if it were clean. Every header is written again.
     pub(super) again: bool,
     pub(super) pace: Option<Mutex<Pace>>,
+    pub(super) patience: Mutex<Patience>,
     pub(super) counts: Mutex<Counts>,
 }
 
@@ -40,13 +45,34 @@ impl<B: Backing> Sweep<'_, B> {
         if wait.is_zero() { Ok(()) } else { self.control.wait(wait) }
     }
 
+    /// The first half of one header. A key service that does not answer is waited for as long as there is patience:
+    /// an outage in the middle of a run is no reason to end it with as many failures as there are files.
+    fn first(&self, item: &Item<B>) -> Result<Result<First<B>, StoreError>, Cancelled> {
+        loop {
+            let first = first_half(self.shared, &self.target, item, self.again);
+            match &first {
+                Err(StoreError::Kms(e)) if e.is_retryable() => {
+                    let wait = self.patience.lock().wait(Instant::now());
+                    match wait {
+                        Some(wait) => self.control.wait(wait)?,
+                        None => return Ok(first),
+                    }
+                }
+                _ => {
+                    self.patience.lock().answered();
+                    return Ok(first);
+                }
+            }
+        }
+    }
+
     fn fail(&self, counts: &mut Counts, path: String, e: &StoreError) {
         counts.failed += 1;
         self.failures.add(path, e);
     }
 
     /// First halves of all `items`. A cancel leaves out the rest: what was begun is to be finished.
-    fn begin(&self, items: Vec<Item<B>>, counts: &mut Counts, end: &mut Result<(), Cancelled>) -> Vec<Half<B>> {
+    fn begin(&self, items: Vec<Item<B>>, counts: &mut Counts, end: &mut Result<(), Cancelled>) -> Vec<Begun<B>> {
         let mut halves = Vec::with_capacity(items.len());
         for item in items {
             if end.is_ok() {
@@ -55,30 +81,30 @@ impl<B: Backing> Sweep<'_, B> {
             if end.is_err() {
                 break;
             }
-            let path = item.shown();
-            match first_half(self.shared, &self.target, item, self.again) {
-                Ok(First::Current) => counts.current += 1,
-                Ok(First::Empty) => counts.empty += 1,
-                Ok(First::Gone) => counts.vanished += 1,
-                Ok(First::Half(h)) => halves.push(*h),
-                Err(e) => self.fail(counts, path, &e),
+            match self.first(&item) {
+                Ok(Ok(First::Current)) => counts.current += 1,
+                Ok(Ok(First::Empty)) => counts.empty += 1,
+                Ok(Ok(First::Gone)) => counts.vanished += 1,
+                Ok(Ok(First::Half(h))) => halves.push((item, *h)),
+                Ok(Err(e)) => self.fail(counts, item.shown(), &e),
+                Err(c) => *end = Err(c),
             }
         }
         halves
     }
 
     /// Makes the first halves durable. Those for which that failed are dropped: their old slot must stay.
-    fn barrier(&self, halves: Vec<Half<B>>, counts: &mut Counts) -> Vec<Half<B>> {
+    fn barrier(&self, halves: Vec<Begun<B>>, counts: &mut Counts) -> Vec<Begun<B>> {
         let b = &self.shared.backing;
         if halves.len() >= SYNC_ALL_FROM && b.sync_all().is_ok() {
             return halves;
         }
         // One by one, also to find out which file a failed barrier was about.
         let mut durable = Vec::with_capacity(halves.len());
-        for h in halves {
+        for (item, h) in halves {
             match b.sync_file(&h.file) {
-                Ok(()) => durable.push(h),
-                Err(e) => self.fail(counts, h.item.shown(), &e.into()),
+                Ok(()) => durable.push((item, h)),
+                Err(e) => self.fail(counts, item.shown(), &e.into()),
             }
         }
         durable
@@ -91,12 +117,11 @@ impl<B: Backing> Visitor<B> for Sweep<'_, B> {
         let (mut end, mut todo) = (Ok(()), items);
         for _ in 0..TRIES {
             let halves = self.begin(std::mem::take(&mut todo), &mut counts, &mut end);
-            for h in self.barrier(halves, &mut counts) {
-                let path = h.item.shown();
+            for (item, h) in self.barrier(halves, &mut counts) {
                 match second_half(self.shared, h) {
                     Ok(Second::Done) => counts.rewrapped += 1,
-                    Ok(Second::Again(item)) => todo.push(item),
-                    Err(e) => self.fail(&mut counts, path, &e),
+                    Ok(Second::Again) => todo.push(item),
+                    Err(e) => self.fail(&mut counts, item.shown(), &e),
                 }
             }
             if todo.is_empty() || end.is_err() {

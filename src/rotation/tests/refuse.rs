@@ -173,6 +173,36 @@ fn external_keks_rotate_both_ways_and_an_outage_only_stops_the_run() {
     assert_eq!(read_all(&open(disk, &root)), tree);
 }
 
+/// The service goes away in the middle of a sweep and comes back when somebody has seen that the run waits for it.
+#[test]
+fn an_outage_in_mid_sweep_is_waited_for() {
+    let (disk, root, tree) = filled();
+    let store = open(disk.clone(), &root);
+    struct Outage(Arc<Scripted>, std::sync::atomic::AtomicU32);
+    impl Progress for Outage {
+        fn update(&self, s: &Status) {
+            match s.state {
+                State::Sweeping if s.waiting => {
+                    self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    self.0.always(Behaviour::Obey);
+                }
+                State::Sweeping if s.counts.scanned == 0 && self.1.load(std::sync::atomic::Ordering::Relaxed) == 0 => {
+                    self.0.outage();
+                }
+                _ => {}
+            }
+        }
+    }
+    let outage = Outage(root.clone(), 0.into());
+    let patience = std::time::Duration::from_secs(600);
+    let external = Options { kek: Some(KekKind::External), patience, ..one_job() };
+    let ctx = Context { shared: store.shared(), moves: &*store };
+    let report = run(&ctx, &external, &outage, &Control::new()).unwrap();
+    assert_eq!((report.outcome, report.failures_total), (Outcome::Complete, 0), "{report:?}");
+    assert!(outage.1.into_inner() > 0, "nobody waited");
+    assert_eq!(read_all(&open(disk, &root)), tree);
+}
+
 #[test]
 fn a_read_only_store_is_not_rotated() {
     let (disk, root, _) = filled();

@@ -20,8 +20,17 @@ const FORBIDDEN_EDGES: [(&str, &str); 6] = [
     ("fuse", "crypto"),
 ];
 /// Where the machine's own file system may be touched other than through `backing::Backing`.
-const STD_FS_ALLOWED: [&str; 7] =
-    ["backing/posix", "kms/keyfile", "kms/passphrase", "daemon/", "cli/", "cli.rs", "fuse/"];
+const STD_FS_ALLOWED: [&str; 8] = [
+    "backing/posix",
+    "kms/keyfile",
+    "kms/passphrase",
+    // The credentials file that the configuration names.
+    "kms/gcp/credentials",
+    "daemon/",
+    "cli/",
+    "cli.rs",
+    "fuse/",
+];
 /// Longest module, in lines without its tests.
 const MODULE_LINES_MAX: usize = 600;
 

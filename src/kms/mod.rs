@@ -5,6 +5,8 @@
 //! its runtime inside. No error of a provider may ever lead the caller to anything irreversible.
 
 pub mod event;
+#[cfg(feature = "gcp-kms")]
+pub mod gcp;
 pub mod keyfile;
 pub mod passphrase;
 pub mod scripted;
@@ -216,6 +218,9 @@ pub fn connect(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc
             Ok(Arc::new(passphrase::PassphraseKey::open(&source, o.argon2.unwrap_or_default(), create)?))
         }
         Scheme::AwsKms => Err(not_built_in(uri)),
+        #[cfg(feature = "gcp-kms")]
+        Scheme::GcpKms => Ok(Arc::new(gcp::GcpKms::open(uri, &o.services.gcp)?)),
+        #[cfg(not(feature = "gcp-kms"))]
         Scheme::GcpKms => Err(not_built_in(uri)),
         Scheme::Vault => Err(not_built_in(uri)),
         Scheme::Pkcs11 => Err(not_built_in(uri)),

@@ -127,6 +127,14 @@ impl RootKeyUri {
         }
     }
 
+    /// The resource name of a `gcp-kms:` key, `projects/…/cryptoKeys/K`.
+    pub fn gcp_key(&self) -> Option<&str> {
+        match &self.kind {
+            Kind::GcpKms { name } => Some(name),
+            _ => None,
+        }
+    }
+
     /// The PKCS#11 module's path, if the command line gave one. Never recorded.
     pub fn module_path(&self) -> Option<&Path> {
         self.module_path.as_deref()

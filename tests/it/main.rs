@@ -3,6 +3,7 @@
 mod cli;
 mod golden;
 mod mount;
+mod services;
 mod store_model;
 mod tamper;
 mod vectors;

@@ -4,7 +4,7 @@ mod control;
 mod json;
 mod lifecycle;
 mod memory;
-mod support;
+pub mod support;
 mod terminal;
 mod transcripts;
 mod unprivileged;

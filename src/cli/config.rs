@@ -133,6 +133,9 @@ mod tests {
         for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"] {
             assert!(text.contains(key), "{key}");
         }
+        let gcp = ["endpoint", "allow_http", "credentials_file", "anonymous", "quota_project"];
+        assert!(gcp.iter().all(|key| text.contains(&format!("{key} = "))), "{gcp:?}");
+        assert!(c.services.gcp.timeout_ms.is_some() && c.services.gcp.credentials_timeout_ms.is_some());
     }
 
     #[test]

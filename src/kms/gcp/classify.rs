@@ -32,15 +32,17 @@ pub fn failure(e: &Error, call: Call, key: &str) -> KmsError {
         return KmsError::Unreachable(format!("{key}: no answer in time"));
     }
     if e.is_authentication() {
-        return KmsError::Credentials(format!("{key}: {}", said_by(e)));
+        return KmsError::Credentials(format!("{key}: {}", root_cause(e)));
     }
     if e.is_binding() || e.is_serialization() {
         return KmsError::Config(format!("{key}: the request cannot be made: {}", said_by(e)));
     }
     if e.is_deserialization() {
-        return KmsError::Unreachable(format!("{key}: the answer is not one of Cloud KMS: {}", said_by(e)));
+        // Not what the parser says of it, which may quote a key.
+        return KmsError::Unreachable(format!("{key}: the answer is not one of Cloud KMS"));
     }
-    KmsError::Unreachable(format!("{key}: {}", said_by(e)))
+    let what = if e.is_connect() { "cannot connect" } else { "the connection broke" };
+    KmsError::Unreachable(format!("{key}: {what}: {}", root_cause(e)))
 }
 
 /// An answer in the service's own form.
@@ -120,7 +122,7 @@ pub fn is_unauthenticated(e: &Error) -> bool {
     }
 }
 
-/// No access token was to be had. `transient`: the library thinks that it may work later. `unproven`: no credentials
+/// No access token was to be had, because of `why`. `transient`: the library thinks that it may work later. `unproven`: no credentials
 /// are configured and none worked so far, so that only the metadata server was left to ask: most likely this is no
 /// machine of Google's and somebody has to log in.
 pub fn no_token(why: &str, transient: bool, unproven: bool, key: &str) -> KmsError {
@@ -128,7 +130,7 @@ pub fn no_token(why: &str, transient: bool, unproven: bool, key: &str) -> KmsErr
     match (unproven, transient) {
         (true, _) => KmsError::Credentials(format!(
             "{key}: no credentials found; set credentials_file under [services.gcp-kms] or \
-             GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login ({why})"
+             GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login"
         )),
         (false, true) => KmsError::Unreachable(format!("{key}: no access token: {why}")),
         (false, false) => KmsError::Credentials(format!("{key}: no access token: {why}")),
@@ -182,6 +184,16 @@ pub fn said_by(e: &(dyn std::error::Error + 'static)) -> String {
         next = cause.source();
     }
     one_line(&text)
+}
+
+/// What caused `e` in the end. Errors of the network come in many layers, of which the outer ones say little, and that
+/// in many words.
+pub fn root_cause(e: &(dyn std::error::Error + 'static)) -> String {
+    let mut last = e;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    one_line(&last.to_string())
 }
 
 /// What came from elsewhere, fit for a message: one line, no control characters, not endless.
@@ -339,6 +351,16 @@ mod tests {
         assert_eq!(class_of(&good().set_or_clear_primary(None::<CryptoKeyVersion>)), Err("disabled"));
         let foreign = CryptoKeyVersion::new().set_name("x/cryptoKeyVersions/4").set_state(State::Enabled);
         assert_eq!(class_of(&good().set_primary(foreign)), Err("config"));
+    }
+
+    #[test]
+    fn of_many_layers_the_innermost_is_shown() {
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let e = failure(&Error::connect(refused), Call::Get, KEY).to_string();
+        assert_eq!(e, format!("key service unreachable: {KEY}: cannot connect: connection refused"));
+        let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        let e = failure(&Error::io(broken), Call::Get, KEY).to_string();
+        assert_eq!(e, format!("key service unreachable: {KEY}: the connection broke: connection reset"));
     }
 
     #[test]

@@ -313,7 +313,7 @@ impl Link {
                     // The library does not try again with credentials that failed for good: next time, new ones.
                     self.forget(&session);
                 }
-                Err(classify::no_token(&classify::said_by(&e), e.is_transient(), self.is_unproven(), &self.uri))
+                Err(classify::no_token(&classify::root_cause(&e), e.is_transient(), self.is_unproven(), &self.uri))
             }
         }
     }

@@ -54,7 +54,7 @@ impl Settings {
             (None, false) => Source::Default,
         };
         if let Some(p) = &o.quota_project
-            && !(!p.is_empty() && p.chars().all(|c| c.is_ascii_alphanumeric() || "-.:".contains(c)))
+            && (p.is_empty() || p.chars().any(|c| !(c.is_ascii_alphanumeric() || "-.:".contains(c))))
         {
             return Err(refuse("quota_project holds characters that no project id has"));
         }

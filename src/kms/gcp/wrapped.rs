@@ -31,11 +31,11 @@ impl<'a> Wrapped<'a> {
     }
 
     /// The bytes; `None` if [`Wrapped::parse`] would refuse them.
-    pub fn to_bytes(&self) -> Option<Vec<u8>> {
+    pub fn to_bytes(self) -> Option<Vec<u8>> {
         let mut v = vec![LAYOUT, 0, 0, 0];
         v.extend_from_slice(&self.version.to_le_bytes());
         v.extend_from_slice(self.ciphertext);
-        let readable = Wrapped::parse(&v).is_some_and(|w| w == *self);
+        let readable = Wrapped::parse(&v).is_some_and(|w| w == self);
         readable.then_some(v)
     }
 }

@@ -2,12 +2,11 @@
 //! the client's side, not how the service behaves.
 
 use super::server::{Server, free_port, support, venv};
-use crate::cli::support::{Bench, can_mount};
+use crate::cli::support::{Bench, can_mount, wait_for};
 use envelopefs::crypto::secret::Secret32;
-use envelopefs::kms::services::{GcpOptions, Services};
-use envelopefs::kms::{
-    ConnectOptions, KeyProvider, KeyPurpose, KmsError, RootKeyUri, WRAPPED_MAX, WrapContext, connect,
-};
+use envelopefs::kms::gcp::GcpKms;
+use envelopefs::kms::services::GcpOptions;
+use envelopefs::kms::{KeyProvider, KeyPurpose, KmsError, RootKeyUri, WRAPPED_MAX, WrapContext};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
@@ -118,9 +117,13 @@ fn uri(key: &str) -> String {
     format!("gcp-kms://{RING}/cryptoKeys/{key}")
 }
 
+/// The provider itself, without what is put around it for daily use.
 fn open(gcp: GcpOptions) -> Result<Arc<dyn KeyProvider>, KmsError> {
-    let o = ConnectOptions { services: Services { gcp, ..Services::default() }, ..ConnectOptions::default() };
-    connect(&RootKeyUri::parse(&uri("k")).unwrap(), &o, false)
+    open_key("k", &gcp)
+}
+
+fn open_key(key: &str, gcp: &GcpOptions) -> Result<Arc<dyn KeyProvider>, KmsError> {
+    Ok(Arc::new(GcpKms::open(&RootKeyUri::parse(&uri(key)).unwrap(), gcp)?))
 }
 
 fn context() -> WrapContext {
@@ -288,13 +291,7 @@ fn states_of_versions_are_told_apart() {
     p.health().unwrap();
     assert!(p.unwrap(&second, &c).unwrap().ct_eq(&key));
     // No key at all, and one for another purpose.
-    let other = |key: &str| {
-        let o = ConnectOptions {
-            services: Services { gcp: fake.options(), ..Services::default() },
-            ..ConnectOptions::default()
-        };
-        connect(&RootKeyUri::parse(&uri(key)).unwrap(), &o, true).unwrap()
-    };
+    let other = |key: &str| open_key(key, &fake.options()).unwrap();
     fails(other("none").health(), "not found", "cryptoKeys/none not found");
     fails(other("none").wrap(&key, &c), "not found", "cryptoKeys/none not found");
     let body = json!({"purpose": "ASYMMETRIC_SIGN"});
@@ -700,5 +697,36 @@ fn an_external_store_wraps_once_for_a_create_and_unwraps_once_for_a_cold_open() 
     assert_eq!(e.raw_os_error(), Some(libc::ENOKEY));
     drop(new);
     assert_eq!(fs::read_dir(b.path("mnt")).unwrap().count(), 51);
+    b.ok("unmount mnt");
+}
+
+#[test]
+fn a_rotation_survives_the_end_of_the_server_in_its_middle_and_leads_to_another_root_key() {
+    if !can_mount() {
+        return;
+    }
+    let (mut fake, b) = (Fake::start(), Bench::new());
+    fake.configure(&b, "");
+    fake.make("other");
+    b.ok(&format!("init back --kek external --config DIR/config.toml --key {}", uri("k")));
+    b.ok("mount back mnt --config DIR/config.toml --log-file DIR/log");
+    write_files(&b, 0, 200);
+    fake.reset();
+    // Slow enough to be met in the middle.
+    let line = format!("rotate mnt --rate 60 --config DIR/config.toml --key {}", uri("other"));
+    let rotation = b.spawn(&line);
+    wait_for("the sweep", || fake.calls("encrypt") > 40);
+    fake.server.kill();
+    fake.restart();
+    let before = fs::read_to_string(b.path("mnt/0"));
+    let o = rotation.wait_with_output().unwrap();
+    assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+    assert_eq!(before.unwrap(), "content 0");
+    read_files(&b, 200);
+    b.ok("unmount mnt");
+    // The first key is not needed any more.
+    fake.state("k", 1, "DISABLED");
+    b.ok("mount back mnt --config DIR/config.toml");
+    read_files(&b, 200);
     b.ok("unmount mnt");
 }

@@ -7,7 +7,7 @@ use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::open;
 use crate::kms;
 use crate::store::Store;
-use crate::store::keys::StoreFlags;
+use crate::store::keys::{COPIES, StoreFlags};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -49,6 +49,11 @@ fn refuse_unless_empty(path: &Path) -> Result<(), Fault> {
     let fail = |e: io::Error| Fault::io("read", path, &e);
     for e in std::fs::read_dir(path).map_err(fail)? {
         let name = e.map_err(fail)?.file_name();
+        // What an init that failed or was killed left there holds no keyring.
+        let keyring = |name: &&str| path.join(".envelopefs").join(name).symlink_metadata().is_ok();
+        if name == ".envelopefs" && !COPIES.iter().any(|c| keyring(c)) {
+            continue;
+        }
         if name == ".envelopefs" {
             return Err(Fault::new(FaultKind::NotEmpty, format!("{} holds a store already", path.display())));
         }

@@ -22,6 +22,19 @@ fn init_makes_the_key_file_and_the_store_and_says_so() {
     assert_eq!((&s["plaintext_names"], &s["keyring"]["keks"][0]["kind"]), (&true.into(), &"external".into()));
 }
 
+/// A root key that fails after the directory was begun: the next try was told that there is a store already.
+#[test]
+fn an_init_that_failed_does_not_stand_in_the_way_of_the_next() {
+    let b = Bench::new();
+    b.ok("init back --key keyfile:DIR/key");
+    for copy in ["keyring.a", "keyring.b"] {
+        fs::remove_file(b.path("back/.envelopefs").join(copy)).unwrap();
+    }
+    fs::remove_file(b.path("back/.envelopefs.dir")).unwrap();
+    b.ok("init back --key keyfile:DIR/key");
+    b.ok("check back --key keyfile:DIR/key");
+}
+
 #[test]
 fn init_refuses_bad_root_keys() {
     let b = Bench::new();

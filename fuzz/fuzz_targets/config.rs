@@ -11,6 +11,10 @@ fuzz_target!(|data: &[u8]| {
     let _ = config::parse(text);
     if let Ok(uri) = RootKeyUri::parse(text) {
         let canonical = uri.to_string();
+        // Asks for a new key: a keyring records which.
+        if canonical == "recovery:" {
+            return;
+        }
         let again = RootKeyUri::recorded(&canonical).expect("the canonical text is accepted from a keyring");
         assert_eq!(again.to_string(), canonical);
     }

@@ -9,6 +9,7 @@ pub mod event;
 pub mod gcp;
 pub mod keyfile;
 pub mod passphrase;
+pub mod recovery;
 pub mod scripted;
 pub mod services;
 pub mod uri;
@@ -82,6 +83,8 @@ pub struct Capabilities {
     pub native_generate: bool,
     /// Calls leave this machine and can be slow, throttled or unreachable.
     pub remote: bool,
+    /// It wraps for a key whose secret is not at hand: `unwrap` always fails with [`KmsError::Credentials`].
+    pub wrap_only: bool,
 }
 
 /// What a provider says about its root key.
@@ -197,6 +200,8 @@ pub struct ConnectOptions {
     /// Where passphrases come from. `None`: the systemd credential [`passphrase::CREDENTIAL`] if there is one, else
     /// the terminal.
     pub passphrase: Option<PassphraseSource>,
+    /// Where the recovery key comes from. `None`: it is asked for nowhere, and wraps only.
+    pub recovery: Option<PassphraseSource>,
     /// Cost of Argon2id for a newly set passphrase. `None`: the default.
     pub argon2: Option<Argon2Cost>,
     /// Where key services are, from the configuration.
@@ -224,6 +229,10 @@ pub fn connect(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc
         Scheme::GcpKms => Err(not_built_in(uri)),
         Scheme::Vault => Err(not_built_in(uri)),
         Scheme::Pkcs11 => Err(not_built_in(uri)),
+        Scheme::Recovery => match &o.recovery {
+            Some(source) => Ok(Arc::new(recovery::RecoveryKey::enter_that_of(uri, source)?)),
+            None => Ok(Arc::new(recovery::RecoveryKey::public(uri)?)),
+        },
     }
 }
 

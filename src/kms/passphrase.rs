@@ -210,6 +210,19 @@ pub fn text(source: &PassphraseSource, create: bool) -> Result<Zeroizing<Vec<u8>
     read(source, create).map(|p| p.assemble())
 }
 
+/// Something else than a passphrase from such a source: a recovery key. A terminal or prompt shows `prompt`.
+///
+/// # Errors
+/// As [`PassphraseKey::open`].
+pub(super) fn ask_for(source: &PassphraseSource, prompt: &str) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    let answer = match source {
+        PassphraseSource::Terminal => terminal(prompt),
+        PassphraseSource::Prompt(p) => p(prompt),
+        other => return text(other, false),
+    };
+    answer.map_err(no_passphrase).and_then(|a| accept(a.as_bytes())).map(|p| p.assemble())
+}
+
 fn read(source: &PassphraseSource, create: bool) -> Result<Passphrase, KmsError> {
     match source {
         PassphraseSource::Terminal => ask(&terminal, create),

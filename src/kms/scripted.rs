@@ -2,12 +2,12 @@
 //!
 //! Nothing sleeps: slowness is a [`Gate`] that holds a call until the test opens it.
 
-use super::{Capabilities, Description, KeyProvider, KmsError, WrapContext};
+use super::{Capabilities, Description, KeyProvider, KeyPurpose, KmsError, WrapContext};
 use crate::crypto::aead::GcmSiv;
 use crate::crypto::random;
 use crate::crypto::secret::Secret32;
 use parking_lot::{Condvar, Mutex};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 /// What one call does.
@@ -21,7 +21,7 @@ pub enum Behaviour {
     Fail(KmsError),
     /// `unwrap` returns a random other key; `wrap` wraps a random other key. Says that all went well.
     AnotherKey,
-    /// `wrap` returns random bytes of the right length; `unwrap` does as `AnotherKey`. Says that all went well.
+    /// `wrap` and `rewrap` return random bytes of the right length; `unwrap` does as `AnotherKey`. Says that all went well.
     Garbage,
     /// Returns this many bytes from `wrap`: 0, or more than fit.
     WrapLength(usize),
@@ -34,6 +34,9 @@ pub enum Behaviour {
 pub enum Call {
     Wrap,
     Unwrap,
+    Rewrap,
+    /// [`KeyProvider::rewrap_due`], which has no context: an empty one is noted.
+    Due,
 }
 
 /// Holds calls until it is opened.
@@ -81,14 +84,16 @@ impl Gate {
 }
 
 struct State {
-    key: Secret32,
-    wraps: VecDeque<Behaviour>,
-    unwraps: VecDeque<Behaviour>,
+    /// Versions of the key, the oldest first; the last one wraps.
+    keys: Vec<Secret32>,
+    /// The oldest version that still unwraps.
+    oldest: usize,
+    script: HashMap<Call, VecDeque<Behaviour>>,
     otherwise: Behaviour,
     calls: Vec<(Call, WrapContext)>,
 }
 
-/// The provider. Its URI is `scripted:NAME`.
+/// The provider. Its URI is `scripted:NAME`. Wrapped form: version u8 ‖ [`GcmSiv::wrap`] (60).
 pub struct Scripted {
     uri: String,
     state: Mutex<State>,
@@ -104,9 +109,9 @@ impl Scripted {
     /// One with a random key that does what it should.
     pub fn new(name: &str) -> Arc<Self> {
         let state = State {
-            key: Secret32::random(),
-            wraps: VecDeque::new(),
-            unwraps: VecDeque::new(),
+            keys: vec![Secret32::random()],
+            oldest: 0,
+            script: HashMap::new(),
             otherwise: Behaviour::Obey,
             calls: Vec::new(),
         };
@@ -115,11 +120,7 @@ impl Scripted {
 
     /// The next call of this kind that has no behaviour yet gets this one.
     pub fn then(&self, call: Call, behaviour: Behaviour) -> &Self {
-        let mut s = self.state.lock();
-        match call {
-            Call::Wrap => s.wraps.push_back(behaviour),
-            Call::Unwrap => s.unwraps.push_back(behaviour),
-        }
+        self.state.lock().script.entry(call).or_default().push_back(behaviour);
         self
     }
 
@@ -132,6 +133,20 @@ impl Scripted {
     /// No answer from now on, until [`Scripted::always`] says otherwise.
     pub fn outage(&self) -> &Self {
         self.always(Behaviour::Fail(KmsError::Unreachable(self.uri.clone())))
+    }
+
+    /// A new version of the root key: what the ones before wrapped still opens, and is due to be wrapped again.
+    pub fn advance(&self) -> &Self {
+        self.state.lock().keys.push(Secret32::random());
+        self
+    }
+
+    /// Only the newest version opens anything from now on.
+    pub fn retire_old_versions(&self) -> &Self {
+        let mut s = self.state.lock();
+        s.oldest = s.keys.len() - 1;
+        drop(s);
+        self
     }
 
     /// Calls so far, oldest first, those that failed included.
@@ -149,16 +164,13 @@ impl Scripted {
         let behaviour = {
             let mut s = self.state.lock();
             s.calls.push((call, context.clone()));
-            let next = match call {
-                Call::Wrap => s.wraps.pop_front(),
-                Call::Unwrap => s.unwraps.pop_front(),
-            };
+            let next = s.script.get_mut(&call).and_then(VecDeque::pop_front);
             next.unwrap_or_else(|| s.otherwise.clone())
         };
         match &behaviour {
             Behaviour::Fail(e) => return Err(e.clone()),
             Behaviour::Hold(gate) => gate.pass(),
-            Behaviour::Forget => self.state.lock().key = Secret32::random(),
+            Behaviour::Forget => self.state.lock().keys = vec![Secret32::random()],
             Behaviour::Obey | Behaviour::AnotherKey | Behaviour::Garbage | Behaviour::WrapLength(_) => {}
         }
         Ok(behaviour)
@@ -173,29 +185,55 @@ impl KeyProvider for Scripted {
 
     fn wrap(&self, key: &Secret32, context: &WrapContext) -> Result<Vec<u8>, KmsError> {
         let behaviour = self.begin(Call::Wrap, context)?;
-        let s = self.state.lock();
-        let honest = |k: &Secret32| GcmSiv::wrap(&s.key, &context.to_aad(), k).to_vec();
-        Ok(match behaviour {
-            Behaviour::AnotherKey => honest(&Secret32::random()),
-            Behaviour::Garbage => random::array::<60>().to_vec(),
-            Behaviour::WrapLength(n) => vec![1; n],
-            _ => honest(key),
-        })
+        Ok(self.state.lock().wrap(&behaviour, key, context))
     }
 
     fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError> {
         match self.begin(Call::Unwrap, context)? {
             Behaviour::AnotherKey | Behaviour::Garbage => Ok(Secret32::random()),
-            _ => GcmSiv::unwrap(&self.state.lock().key, &context.to_aad(), wrapped)
-                .map_err(|_| KmsError::BadCiphertext(self.uri.clone())),
+            _ => self.state.lock().unwrap(wrapped, context).ok_or_else(|| KmsError::BadCiphertext(self.uri.clone())),
         }
+    }
+
+    fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {
+        let behaviour = self.begin(Call::Rewrap, to)?;
+        let s = self.state.lock();
+        let key = s.unwrap(wrapped, from).ok_or_else(|| KmsError::BadCiphertext(self.uri.clone()))?;
+        Ok(s.wrap(&behaviour, &key, to))
+    }
+
+    fn rewrap_due(&self, wrapped: &[u8]) -> Result<bool, KmsError> {
+        let none = WrapContext { store: [0; 16], purpose: KeyPurpose::Kek, object: [0; 16], extra: Vec::new() };
+        self.begin(Call::Due, &none)?;
+        Ok(wrapped.first().is_some_and(|v| usize::from(*v) + 1 < self.state.lock().keys.len()))
+    }
+}
+
+impl State {
+    fn wrap(&self, behaviour: &Behaviour, key: &Secret32, context: &WrapContext) -> Vec<u8> {
+        let honest = |k: &Secret32| {
+            let version = self.keys.len() - 1;
+            let sealed = GcmSiv::wrap(&self.keys[version], &context.to_aad(), k);
+            [&[version as u8][..], &sealed].concat()
+        };
+        match behaviour {
+            Behaviour::AnotherKey => honest(&Secret32::random()),
+            Behaviour::Garbage => random::array::<61>().to_vec(),
+            Behaviour::WrapLength(n) => vec![1; *n],
+            _ => honest(key),
+        }
+    }
+
+    fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Option<Secret32> {
+        let (version, sealed) = wrapped.split_first()?;
+        let key = self.keys.get(usize::from(*version)).filter(|_| usize::from(*version) >= self.oldest)?;
+        GcmSiv::unwrap(key, &context.to_aad(), sealed).ok()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kms::KeyPurpose;
 
     fn context() -> WrapContext {
         WrapContext { store: [1; 16], purpose: KeyPurpose::Kek, object: [2; 16], extra: vec![3] }
@@ -239,6 +277,24 @@ mod tests {
         s.always(Behaviour::Obey).then(Call::Unwrap, Behaviour::Forget);
         assert!(s.unwrap(&w, &c).is_err());
         assert!(s.unwrap(&w, &c).is_err(), "what is forgotten stays forgotten");
+    }
+
+    #[test]
+    fn a_new_version_makes_older_wraps_due() {
+        let (s, c) = (Scripted::new("a"), context());
+        let key = Secret32::random();
+        let old = s.wrap(&key, &c).unwrap();
+        assert!(!s.rewrap_due(&old).unwrap());
+        assert!(s.advance().rewrap_due(&old).unwrap());
+        let new = s.rewrap(&old, &c, &c).unwrap();
+        assert!(!s.rewrap_due(&new).unwrap());
+        assert!(s.unwrap(&old, &c).unwrap().ct_eq(&key));
+        s.retire_old_versions();
+        assert!(s.unwrap(&old, &c).is_err());
+        assert!(s.unwrap(&new, &c).unwrap().ct_eq(&key));
+        s.then(Call::Rewrap, Behaviour::AnotherKey);
+        assert!(!s.unwrap(&s.rewrap(&new, &c, &c).unwrap(), &c).unwrap().ct_eq(&key));
+        assert_eq!((s.count(Call::Wrap), s.count(Call::Rewrap)), (1, 2));
     }
 
     #[test]

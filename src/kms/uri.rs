@@ -6,6 +6,8 @@
 //! schemes need, so that a URI can be put into a message or a request path as it is.
 
 use super::KmsError;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +23,7 @@ pub enum Scheme {
     GcpKms,
     Vault,
     Pkcs11,
+    Recovery,
 }
 
 impl Scheme {
@@ -33,7 +36,14 @@ impl Scheme {
             Self::GcpKms => "gcp-kms",
             Self::Vault => "vault",
             Self::Pkcs11 => "pkcs11",
+            Self::Recovery => "recovery",
         }
+    }
+
+    /// Whether root keys of this kind can get newer versions, so that what an older one wrapped may be due to be
+    /// wrapped again.
+    pub fn has_versions(self) -> bool {
+        !matches!(self, Self::Passphrase | Self::KeyFile | Self::Recovery)
     }
 }
 
@@ -53,6 +63,8 @@ enum Kind {
     GcpKms { name: String },
     Vault { mount: String, key: String },
     Pkcs11 { attributes: Vec<(String, String)> },
+    /// `None`: one that is yet to be made or entered; never recorded.
+    Recovery { public: Option<[u8; 32]> },
 }
 
 fn bad(text: &str, why: &str) -> KmsError {
@@ -83,6 +95,7 @@ impl RootKeyUri {
             "gcp-kms" => gcp(rest).map(plain),
             "vault" => vault(rest).map(plain),
             "pkcs11" => pkcs11(rest),
+            "recovery" => recovery(rest).map(plain),
             _ => Err(NO_SCHEME),
         };
         // The canonical text is what the keyring records, and escapes make it longer than what was typed.
@@ -97,7 +110,8 @@ impl RootKeyUri {
     /// [`KmsError::Config`] if it does not parse or is not canonical.
     pub fn recorded(text: &str) -> Result<Self, KmsError> {
         let uri = Self::parse(text)?;
-        if uri.to_string() == text && uri.module_path.is_none() && uri.pin_source.is_none() {
+        let nameless = uri.kind == Kind::Recovery { public: None };
+        if uri.to_string() == text && uri.module_path.is_none() && uri.pin_source.is_none() && !nameless {
             Ok(uri)
         } else {
             Err(bad(
@@ -116,6 +130,20 @@ impl RootKeyUri {
             Kind::GcpKms { .. } => Scheme::GcpKms,
             Kind::Vault { .. } => Scheme::Vault,
             Kind::Pkcs11 { .. } => Scheme::Pkcs11,
+            Kind::Recovery { .. } => Scheme::Recovery,
+        }
+    }
+
+    /// The URI of the recovery key with this public key.
+    pub fn of_recovery_key(public: [u8; 32]) -> Self {
+        Self { kind: Kind::Recovery { public: Some(public) }, module_path: None, pin_source: None }
+    }
+
+    /// The public key of a `recovery:` that names one.
+    pub fn recovery_key(&self) -> Option<&[u8; 32]> {
+        match &self.kind {
+            Kind::Recovery { public } => public.as_ref(),
+            _ => None,
         }
     }
 
@@ -178,11 +206,13 @@ impl fmt::Display for RootKeyUri {
                 let all: Vec<String> = attributes.iter().map(|(n, v)| format!("{n}={v}")).collect();
                 f.write_str(&all.join(";"))
             }
+            Kind::Recovery { public } => public.map_or(Ok(()), |p| f.write_str(&BASE64URL.encode(p))),
         }
     }
 }
 
-const NO_SCHEME: &str = "unknown kind; use passphrase:, keyfile:/path, aws-kms://…, gcp-kms://…, vault://… or pkcs11:…";
+const NO_SCHEME: &str =
+    "unknown kind; use passphrase:, keyfile:/path, aws-kms://…, gcp-kms://…, vault://…, pkcs11:… or recovery:";
 
 type Parsed<T> = Result<T, &'static str>;
 
@@ -267,6 +297,15 @@ fn vault(rest: &str) -> Parsed<Kind> {
         return Err(FORM);
     }
     Ok(Kind::Vault { mount: mount.to_owned(), key: key.to_owned() })
+}
+
+fn recovery(rest: &str) -> Parsed<Kind> {
+    const FORM: &str = "write recovery: for a new one; what follows is the public key, 43 characters of base64url";
+    if rest.is_empty() {
+        return Ok(Kind::Recovery { public: None });
+    }
+    let bytes = BASE64URL.decode(rest).map_err(|_| FORM)?;
+    Ok(Kind::Recovery { public: Some(bytes.try_into().map_err(|_| FORM)?) })
 }
 
 /// Path attributes of RFC 7512, in the order of the canonical text.
@@ -388,6 +427,10 @@ mod tests {
             ("vault://team/transit/key", "vault://team/transit/key"),
             ("pkcs11:object=k;token=My%20Token", "pkcs11:token=My%20Token;object=k"),
             ("pkcs11:id=%01%aF;token=a:b", "pkcs11:token=a%3Ab;id=%01%AF"),
+            (
+                "recovery:CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+                "recovery:CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            ),
         ] {
             let uri = RootKeyUri::parse(text).unwrap();
             assert_eq!(uri.to_string(), canonical);
@@ -434,6 +477,12 @@ mod tests {
             "pkcs11:object=a?pin-value=1234",
             "pkcs11:object=a?module-path=lib.so",
             "pkcs11:object=a?module-path=/a&module-path=/b",
+            "recovery:CQAA",
+            "recovery://CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            "recovery:CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            "recovery:CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAB",
+            "recovery:CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+            "recovery:CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA+",
         ] {
             assert!(matches!(RootKeyUri::parse(text), Err(KmsError::Config(_))), "{text:?}");
         }
@@ -449,6 +498,14 @@ mod tests {
         assert_eq!(uri.to_string(), "pkcs11:object=k");
         assert!(RootKeyUri::recorded(text).is_err());
         assert!(RootKeyUri::recorded("pkcs11:object=k?module-path=/usr/lib/p11.so").is_err());
+    }
+
+    #[test]
+    fn a_recovery_key_is_recorded_by_its_public_key_only() {
+        let uri = RootKeyUri::of_recovery_key([9; 32]);
+        assert_eq!(RootKeyUri::recorded(&uri.to_string()).unwrap().recovery_key(), Some(&[9; 32]));
+        assert_eq!(RootKeyUri::parse("recovery:").unwrap().recovery_key(), None);
+        assert!(RootKeyUri::recorded("recovery:").is_err());
     }
 
     #[test]
@@ -470,12 +527,13 @@ mod tests {
         fn any_text_is_safe_and_the_canonical_text_is_a_fixed_point(
             scheme in prop_oneof![
                 Just("keyfile:/"), Just("aws-kms://alias/"), Just("aws-kms://"), Just("gcp-kms://projects/"),
-                Just("vault://"), Just("pkcs11:object="), Just("pkcs11:"), Just("")
+                Just("vault://"), Just("pkcs11:object="), Just("pkcs11:"), Just("recovery:"), Just("")
             ],
             rest in "[ -~ü]{0,40}",
         ) {
             if let Ok(uri) = RootKeyUri::parse(&format!("{scheme}{rest}")) {
                 let canonical = uri.to_string();
+                prop_assume!(canonical != "recovery:");
                 let again = RootKeyUri::recorded(&canonical).unwrap();
                 prop_assert_eq!(again.to_string(), canonical);
             }

@@ -58,13 +58,28 @@ pub struct RootKeyUri {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Kind {
     Passphrase,
-    KeyFile { path: String },
-    AwsKms { key: String, region: Option<String>, profile: Option<String> },
-    GcpKms { name: String },
-    Vault { mount: String, key: String },
-    Pkcs11 { attributes: Vec<(String, String)> },
+    KeyFile {
+        path: String,
+    },
+    AwsKms {
+        key: String,
+        region: Option<String>,
+        profile: Option<String>,
+    },
+    GcpKms {
+        name: String,
+    },
+    Vault {
+        mount: String,
+        key: String,
+    },
+    Pkcs11 {
+        attributes: Vec<(String, String)>,
+    },
     /// `None`: one that is yet to be made or entered; never recorded.
-    Recovery { public: Option<[u8; 32]> },
+    Recovery {
+        public: Option<[u8; 32]>,
+    },
 }
 
 fn bad(text: &str, why: &str) -> KmsError {

@@ -10,6 +10,7 @@
 mod change;
 mod disk;
 mod handle;
+mod refresh;
 mod roots;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,8 @@ mod tests;
 pub use crate::format::keyring::{KekKind, KekState};
 pub use disk::{BadCopy, COPIES, FOLDER};
 pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
+pub use refresh::RefreshedRoot;
+pub use roots::PassedOver;
 
 use crate::backing::Backing;
 use crate::crypto::secret::{Secret32, StoreSecret};
@@ -24,7 +27,7 @@ use crate::format::codec::Malformed;
 use crate::format::damage::Damage;
 use crate::format::ids::{KekId, RootKeyId, StoreId};
 use crate::format::keyring::{INCOMPAT_PLAINTEXT_NAMES, KekRecord, Keyring, RootKeyRecord};
-use crate::kms::KeyProvider;
+use crate::kms::{KeyProvider, recovery};
 use crate::store::{Result, StoreError};
 use parking_lot::{Mutex, RwLock};
 use roots::{Connected, Object, Opened};
@@ -58,6 +61,7 @@ pub struct Keys {
     /// Held through every change of the keyring on disk.
     update: Mutex<()>,
     damaged: Vec<BadCopy>,
+    passed_over: Vec<PassedOver>,
 }
 
 impl std::fmt::Debug for Keys {
@@ -114,12 +118,26 @@ fn new_handle(store: StoreId, record: &KekRecord, key: Secret32, targets: &[Conn
     }
 }
 
+/// A recovery key promises that it opens the store, and an external KEK is the one root key that wraps its DEKs.
+fn refuse_recovery_beside_external(ring: &Keyring) -> Result<()> {
+    let external = |k: &&KekRecord| k.kind == KekKind::External && (k.is_needed() || k.state == KekState::Pending);
+    match ring.keks.iter().find(external) {
+        Some(k) if ring.roots.iter().any(|r| recovery::is_recovery(&r.uri)) => refuse(format!(
+            "a recovery key does not open files under an external KEK ({}): have one or the other, rotate to a sealed KEK \
+             or remove the recovery key",
+            k.id
+        )),
+        _ => Ok(()),
+    }
+}
+
 impl Keys {
     /// Makes a new keyring with one active KEK, in `.envelopefs/`, which is made if it is not there. Returns after
     /// both copies are durable and every root key has unwrapped from them what it wrapped. The first of `root` is
     /// the one that wraps DEKs if `kind` is external.
     ///
     /// # Errors
+    /// [`StoreError::KeyState`] if there is no root key, none but recovery keys, or a recovery key and an external KEK;
     /// [`StoreError::NotEmptyForInit`] if there is a keyring, whole or not; a provider's or the backing directory's.
     pub fn create<B: Backing>(b: &B, root: &[Arc<dyn KeyProvider>], kind: KekKind, flags: StoreFlags) -> Result<Self> {
         let folder = make_folder(b)?;
@@ -149,6 +167,12 @@ impl Keys {
             kek.wraps.push(roots::wrap(c, store, Object::Kek(id), handle.key())?);
         }
         ring.keks.push(kek);
+        if ring.roots.iter().all(|r| recovery::is_recovery(&r.uri)) {
+            return refuse(
+                "a store needs a root key besides its recovery key, which is asked for only when that fails",
+            );
+        }
+        refuse_recovery_beside_external(&ring)?;
         let bytes = encode(&ring, &secret)?;
         let proofs: Vec<Proof<'_>> = targets
             .iter()
@@ -161,7 +185,9 @@ impl Keys {
         handle.set_may_wrap(true);
         let mut opened = Opened::default();
         opened.handles.insert(id, Arc::new(handle));
-        Self::build(ring, secret, opened, targets, Vec::new(), Vec::new())
+        // One that only wraps can be made again from the keyring when it is needed.
+        let targets = targets.into_iter().filter(|c| !c.wraps_only()).collect();
+        Self::build(ring, secret, opened, targets, Vec::new())
     }
 
     /// Opens the keyring with the first of `root` that is one of its root keys; others are used where that one cannot
@@ -177,9 +203,10 @@ impl Keys {
         let mut first_error = None;
         for d in candidates {
             match roots::unlock(&d, root) {
-                Ok((secret, c)) => {
+                Ok((secret, c, passed_over)) => {
                     report(&damaged);
-                    return Self::open_with(d.keyring, secret, c, root, damaged);
+                    let keys = Self::open_with(d.keyring, secret, c, root)?;
+                    return Ok(Self { damaged, passed_over, ..keys });
                 }
                 Err(StoreError::Damage(e)) => {
                     damaged.push(("a keyring copy", e.clone()));
@@ -192,21 +219,15 @@ impl Keys {
         Err(first_error.unwrap_or(StoreError::Damage(Damage::KeyringUnreadable)))
     }
 
-    fn open_with(
-        ring: Keyring,
-        secret: StoreSecret,
-        first: Connected,
-        root: &[Arc<dyn KeyProvider>],
-        damaged: Vec<BadCopy>,
-    ) -> Result<Self> {
+    fn open_with(ring: Keyring, secret: StoreSecret, first: Connected, root: &[Arc<dyn KeyProvider>]) -> Result<Self> {
         let mut spare: Vec<_> = root.iter().filter(|p| !Arc::ptr_eq(p, &first.provider)).cloned().collect();
         let mut connected = vec![first];
         let mut opened = roots::open_keks(&ring, &connected);
         if !opened.unusable.is_empty() && !spare.is_empty() {
             for p in std::mem::take(&mut spare) {
-                match roots::identify(&ring, &p) {
-                    Ok(Some((c, _))) => connected.push(c),
-                    Ok(None) => {}
+                match roots::recognise(&ring, &p) {
+                    Ok(Some(c)) if !c.wraps_only() => connected.push(c),
+                    Ok(_) => {}
                     Err(_) => spare.push(p),
                 }
             }
@@ -215,7 +236,7 @@ impl Keys {
         for (id, why) in &opened.unusable {
             tracing::warn!(kek = %id, %why, "KEK cannot be used");
         }
-        Self::build(ring, secret, opened, connected, spare, damaged)
+        Self::build(ring, secret, opened, connected, spare)
     }
 
     fn build(
@@ -224,7 +245,6 @@ impl Keys {
         opened: Opened,
         connected: Vec<Connected>,
         spare: Vec<Arc<dyn KeyProvider>>,
-        damaged: Vec<BadCopy>,
     ) -> Result<Self> {
         let active = ring.active().map(|k| k.id).ok_or(Damage::KeyringUnreadable)?;
         let Some(handle) = opened.handles.get(&active).cloned() else {
@@ -238,7 +258,8 @@ impl Keys {
             active: RwLock::new(handle),
             state: RwLock::new(State { ring, opened, connected, spare }),
             update: Mutex::new(()),
-            damaged,
+            damaged: Vec::new(),
+            passed_over: Vec::new(),
         })
     }
 
@@ -278,6 +299,11 @@ impl Keys {
     /// [`Keys::repair_copies`] or the next change of the keyring replaces them.
     pub fn damaged_copies(&self) -> &[BadCopy] {
         &self.damaged
+    }
+
+    /// The root keys that were tried before the one that opened the keyring, in order, and why each did not.
+    pub fn passed_over(&self) -> &[PassedOver] {
+        &self.passed_over
     }
 
     /// Runs `f` with the active KEK. [`Keys::activate`] waits for `f`, so once it has returned nothing is being

@@ -1,7 +1,9 @@
 //! Changes of the keyring: KEKs staged, made active, retired, destroyed; root keys added and removed.
 
 use super::roots::{self, Connected, Object};
-use super::{COPIES, Keys, Proof, disk, encode, new_handle, now, pending, prove, refuse};
+use super::{
+    COPIES, Keys, Proof, disk, encode, new_handle, now, pending, prove, refuse, refuse_recovery_beside_external,
+};
 use crate::backing::Backing;
 use crate::crypto::secret::Secret32;
 use crate::format::damage::Damage;
@@ -16,15 +18,17 @@ use super::handle::KekHandle;
 impl Keys {
     /// Makes a new KEK, pending. `root` names every root key the new KEK shall have, those that are not in the keyring
     /// yet are added to it (see [`Keys::add_root_key`]); empty means those of the active KEK. The first one (or the
-    /// active KEK's provider) wraps DEKs if `kind` is external.
+    /// active KEK's provider) wraps DEKs if `kind` is external. Recovery keys of the store always wrap the new KEK too,
+    /// by their public keys, until [`Keys::remove_root_key`].
     ///
-    /// On return the new KEK's wraps are durable, and every one of its root keys has unwrapped, from what was read
-    /// back from disk, the key it was given.
+    /// On return the new KEK's wraps are durable, and every one of its root keys whose secret is at hand has unwrapped,
+    /// from what was read back from disk, the key it was given. Where the store secret was wrapped by an older version of
+    /// one of them, it is wrapped by the newest one now.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if a KEK is pending already or a root key of the active KEK is not at hand; a
-    /// provider's, also if it does not unwrap what it wrapped; the backing directory's. The keyring in force is then
-    /// the one before.
+    /// [`StoreError::KeyState`] if a KEK is pending already, a root key of the active KEK is not at hand, all of `root` are
+    /// recovery keys, or `kind` is external and the store has a recovery key; a provider's, also if it does not unwrap
+    /// what it wrapped; the backing directory's. The keyring in force is then the one before.
     pub fn stage<B: Backing>(&self, b: &B, kind: KekKind, root: &[Arc<dyn KeyProvider>]) -> Result<KekId> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
@@ -32,14 +36,18 @@ impl Keys {
             return refuse(format!("KEK {} is pending already: make it active or discard it first", p.id));
         }
         let live = self.live(&ring)?;
-        let (targets, added) = if root.is_empty() {
+        let (mut targets, added) = if root.is_empty() {
             (self.roots_of_active(&ring)?, Vec::new())
         } else {
             self.join(&mut ring, &live, root)?
         };
+        if targets.iter().all(|c| roots::is_recovery(&ring, c.id)) {
+            return refuse("a KEK needs a root key besides the recovery key: name another one too");
+        }
+        self.recovery_keys(&ring)?.into_iter().for_each(|c| connect(&mut targets, c));
         let same =
             ring.active().and_then(|k| k.provider).filter(|p| root.is_empty() && targets.iter().any(|c| c.id == *p));
-        let first = same.or(targets.first().map(|c| c.id));
+        let first = same.or(targets.iter().map(|c| c.id).find(|id| !roots::is_recovery(&ring, *id)));
         let mut record = pending(kind, first.filter(|_| kind == KekKind::External));
         let handle = Arc::new(new_handle(self.store, &record, Secret32::random(), &targets)?);
         let object = Object::Kek(record.id);
@@ -47,14 +55,17 @@ impl Keys {
             record.wraps.push(roots::wrap(c, self.store, object, handle.key())?);
         }
         ring.keks.push(record);
+        refuse_recovery_beside_external(&ring)?;
+        let refreshed = self.refresh_secret(&mut ring, &targets);
         let mut proofs: Vec<Proof<'_>> = targets.iter().map(|c| (c.clone(), object, handle.key())).collect();
+        proofs.extend(refreshed.iter().map(|c| (c.clone(), Object::Secret, self.secret().secret())));
         added.iter().for_each(|c| proofs.extend(self.everything(c, &live)));
         let ring = self.commit(b, ring, &proofs)?;
         drop(proofs);
         let mut s = self.state.write();
         s.ring = ring;
         s.opened.handles.insert(handle.id(), handle.clone());
-        targets.into_iter().for_each(|c| connect(&mut s.connected, c));
+        targets.into_iter().filter(|c| !c.wraps_only()).for_each(|c| connect(&mut s.connected, c));
         Ok(handle.id())
     }
 
@@ -161,10 +172,11 @@ impl Keys {
     }
 
     /// Adds a root key that alone opens the store: it wraps the store secret and every KEK that is not destroyed, and
-    /// has unwrapped them, from what was read back from disk, before this returns.
+    /// has unwrapped them, from what was read back from disk, before this returns. A recovery key of which only the public
+    /// key is given proves nothing here: whoever has its secret must.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if it is one already; [`StoreError::Kms`] if a KEK is not open, or the provider's own.
+    /// [`StoreError::KeyState`] if it is one already, or a recovery key for a store with an external KEK; [`StoreError::Kms`] if a KEK is not open, or the provider's own.
     pub fn add_root_key<B: Backing>(&self, b: &B, provider: &Arc<dyn KeyProvider>) -> Result<RootKeyId> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
@@ -173,9 +185,12 @@ impl Keys {
         let Some(c) = added.into_iter().next() else {
             return refuse(format!("{} is a root key of this store already", roots::name_of(provider.as_ref())));
         };
+        refuse_recovery_beside_external(&ring)?;
         self.adopt(b, ring, &self.everything(&c, &live))?;
         let id = c.id;
-        connect(&mut self.state.write().connected, c);
+        if !c.wraps_only() {
+            connect(&mut self.state.write().connected, c);
+        }
         Ok(id)
     }
 
@@ -183,8 +198,8 @@ impl Keys {
     /// hand must unwrap the store secret and every KEK that is not destroyed.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if it is not a root key, the last one, the provider of an external KEK, or no other
-    /// root key at hand opens everything.
+    /// [`StoreError::KeyState`] if it is not a root key, the last one that is no recovery key, the provider of an external
+    /// KEK, or no other root key at hand opens everything.
     pub fn remove_root_key<B: Backing>(&self, b: &B, id: RootKeyId) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
@@ -193,6 +208,11 @@ impl Keys {
         }
         if ring.roots.len() == 1 {
             return refuse("this is the last root key: add another one first");
+        }
+        if ring.roots.iter().filter(|r| r.id != id).all(|r| roots::is_recovery(&ring, r.id)) {
+            return refuse(
+                "this is the last root key besides the recovery key, which no mount asks for by itself: add another one first",
+            );
         }
         if let Some(k) = ring.keks.iter().find(|k| k.state != KekState::Destroyed && k.provider == Some(id)) {
             return refuse(format!(
@@ -223,7 +243,7 @@ impl Keys {
     /// [`StoreError::WrongKey`] if it is none; its own.
     pub fn connect_root(&self, provider: &Arc<dyn KeyProvider>) -> Result<RootKeyId> {
         let ring = self.snapshot();
-        let Some((c, _)) = roots::identify(&ring, provider)? else {
+        let Some(c) = roots::recognise(&ring, provider)?.filter(|c| !c.wraps_only()) else {
             return Err(StoreError::WrongKey(format!("{} is none of them", roots::name_of(provider.as_ref()))));
         };
         let id = c.id;
@@ -248,7 +268,7 @@ impl Keys {
     }
 
     /// A copy of the keyring in force, if this program may change it.
-    fn to_change(&self) -> Result<Keyring> {
+    pub(super) fn to_change(&self) -> Result<Keyring> {
         let ring = self.snapshot();
         if ring.read_only() {
             return refuse("the store has features this program does not know: it may only be read; use a newer one");
@@ -267,9 +287,16 @@ impl Keys {
         std::iter::once(secret).chain(live.iter().map(|h| (c.clone(), Object::Kek(h.id()), h.key()))).collect()
     }
 
-    /// The root keys of the active KEK, all of them.
+    /// The recovery keys of `ring`, which was verified, to wrap for them.
+    fn recovery_keys(&self, ring: &Keyring) -> Result<Vec<Connected>> {
+        let found = ring.roots.iter().filter_map(|r| roots::recovery_key(ring, r.id).transpose());
+        Ok(found.collect::<roots::Outcome<_>>()?)
+    }
+
+    /// The root keys of the active KEK, all of them but recovery keys.
     fn roots_of_active(&self, ring: &Keyring) -> Result<Vec<Connected>> {
-        let wanted: Vec<RootKeyId> = ring.active().into_iter().flat_map(|k| &k.wraps).map(|w| w.root).collect();
+        let wraps = ring.active().into_iter().flat_map(|k| &k.wraps);
+        let wanted: Vec<RootKeyId> = wraps.map(|w| w.root).filter(|id| !roots::is_recovery(ring, *id)).collect();
         let at_hand = || self.state.read().connected.clone();
         let mut connected = at_hand();
         if wanted.iter().any(|id| connected.iter().all(|c| c.id != *id)) {
@@ -287,21 +314,32 @@ impl Keys {
         wanted.into_iter().map(find).collect()
     }
 
-    /// Finds out which root keys the providers not needed so far are.
-    fn connect_spare(&self, ring: &Keyring) {
-        let spare = std::mem::take(&mut self.state.write().spare);
+    /// Finds out which root keys the providers not needed so far are. Returns those that did not answer, and why.
+    pub(super) fn connect_spare(&self, ring: &Keyring) -> Vec<roots::PassedOver> {
+        self.connect_some(ring, |_| true)
+    }
+
+    /// As [`Keys::connect_spare`], for those whose URI is `wanted`.
+    pub(super) fn connect_some(&self, ring: &Keyring, wanted: impl Fn(&str) -> bool) -> Vec<roots::PassedOver> {
+        let (spare, others) = std::mem::take(&mut self.state.write().spare)
+            .into_iter()
+            .partition(|p: &Arc<dyn KeyProvider>| wanted(&roots::name_of(p.as_ref())));
+        self.state.write().spare = others;
+        let mut silent = Vec::new();
         for p in spare {
-            let found = roots::identify(ring, &p);
+            let found = roots::recognise(ring, &p);
             let mut s = self.state.write();
             match found {
-                Ok(Some((c, _))) => connect(&mut s.connected, c),
-                Ok(None) => {}
+                Ok(Some(c)) if !c.wraps_only() => connect(&mut s.connected, c),
+                Ok(_) => {}
                 Err(why) => {
                     tracing::warn!(root = roots::name_of(p.as_ref()), %why, "root key does not answer");
+                    silent.push((roots::name_of(p.as_ref()), why));
                     s.spare.push(p);
                 }
             }
         }
+        silent
     }
 
     /// The root keys that `providers` are; those that are none yet are added to `ring` and returned in the second list
@@ -314,7 +352,7 @@ impl Keys {
     ) -> Result<(Vec<Connected>, Vec<Connected>)> {
         let (mut all, mut added) = (Vec::new(), Vec::new());
         for p in providers {
-            if let Some((c, _)) = roots::identify(ring, p)? {
+            if let Some(c) = roots::recognise(ring, p)? {
                 connect(&mut all, c);
                 continue;
             }
@@ -339,7 +377,7 @@ impl Keys {
 
     /// Writes `ring` with the next generation over both copies. Until the first is durable, with every proof held
     /// against what was read back, the keyring before is in force on disk; memory is the caller's.
-    fn commit<B: Backing>(&self, b: &B, mut ring: Keyring, proofs: &[Proof<'_>]) -> Result<Keyring> {
+    pub(super) fn commit<B: Backing>(&self, b: &B, mut ring: Keyring, proofs: &[Proof<'_>]) -> Result<Keyring> {
         let folder = disk::folder(b)?;
         let on_disk = disk::load(b, &folder).map(|f| match f {
             disk::Found::Valid(d) if roots::is_authentic(&self.secret, &d) => Some(d.keyring.generation),

@@ -6,7 +6,8 @@ use crate::crypto::secret::{Secret32, StoreSecret};
 use crate::format::damage::Damage;
 use crate::format::ids::{KekId, RootKeyId, StoreId};
 use crate::format::keyring::{Decoded, KekKind, KekRecord, KekState, Keyring, Wrap};
-use crate::kms::{KeyProvider, KeyPurpose, KmsError, WrapContext};
+use crate::kms::recovery::{self, RecoveryKey};
+use crate::kms::{KeyProvider, KeyPurpose, KmsError, RootKeyUri, WrapContext};
 use crate::store::{Result, StoreError};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,11 +15,38 @@ use std::sync::Arc;
 /// Result of a provider.
 pub type Outcome<T> = std::result::Result<T, KmsError>;
 
-/// A root key of the keyring and the provider that has been seen to open with it.
+/// A root key of the keyring and the provider that has been seen to open with it, or one that wraps for it only.
 #[derive(Clone)]
 pub struct Connected {
     pub id: RootKeyId,
     pub provider: Arc<dyn KeyProvider>,
+}
+
+impl Connected {
+    /// Whether its secret is not at hand, so that it cannot prove anything.
+    pub fn wraps_only(&self) -> bool {
+        wraps_only(self.provider.as_ref())
+    }
+}
+
+fn wraps_only(p: &dyn KeyProvider) -> bool {
+    p.describe().is_ok_and(|d| d.capabilities.wrap_only)
+}
+
+/// Whether root key `id` of `ring` is a recovery key.
+pub fn is_recovery(ring: &Keyring, id: RootKeyId) -> bool {
+    ring.root(id).is_some_and(|r| recovery::is_recovery(&r.uri))
+}
+
+/// The recovery key `id` of `ring`, to wrap for it; `None` if that root key is none. The URI must be known to be genuine:
+/// `ring` is one that was verified.
+///
+/// # Errors
+/// [`KmsError::Config`] if the URI is not one this program writes.
+pub fn recovery_key(ring: &Keyring, id: RootKeyId) -> Outcome<Option<Connected>> {
+    let Some(r) = ring.root(id).filter(|r| recovery::is_recovery(&r.uri)) else { return Ok(None) };
+    let key = RecoveryKey::public(&RootKeyUri::recorded(&r.uri)?)?;
+    Ok(Some(Connected { id, provider: Arc::new(key) }))
 }
 
 /// What a wrapped key in the keyring is.
@@ -58,7 +86,8 @@ pub fn wrap(c: &Connected, store: StoreId, object: Object, key: &Secret32) -> Re
     Ok(Wrap { root: c.id, bytes })
 }
 
-/// Holds the provider of `c` to it that it unwraps `object` of `ring` to `expected`.
+/// Holds the provider of `c` to it that it unwraps `object` of `ring` to `expected`. Of one that only wraps, no more can be
+/// asked than that its wrap is there and has the right length.
 ///
 /// # Errors
 /// The provider's; [`KmsError::BadCiphertext`] if it returns another key or the keyring has no such wrap.
@@ -68,6 +97,10 @@ pub fn verify(ring: &Keyring, c: &Connected, object: Object, expected: &Secret32
         StoreError::from(KmsError::BadCiphertext(format!("{root} {what}; the keyring was left as it was")))
     };
     let w = object.wrap_in(ring, c.id).ok_or_else(|| lies("has no wrap in what was read back"))?;
+    if c.wraps_only() {
+        let whole = w.bytes.len() == recovery::WRAPPED_LEN;
+        return if whole { Ok(()) } else { Err(lies("has a wrap of the wrong length in what was read back")) };
+    }
     let key = c.provider.unwrap(&w.bytes, &object.context(ring.store)).map_err(|e| match e {
         KmsError::BadCiphertext(e) => lies(&format!("does not unwrap what it has just wrapped ({e})")),
         other => other.into(),
@@ -96,6 +129,19 @@ pub fn identify(ring: &Keyring, provider: &Arc<dyn KeyProvider>) -> Outcome<Opti
     Ok(None)
 }
 
+/// As [`identify`]; a provider that only wraps is known by its URI.
+///
+/// # Errors
+/// As [`identify`].
+pub fn recognise(ring: &Keyring, provider: &Arc<dyn KeyProvider>) -> Outcome<Option<Connected>> {
+    if !wraps_only(provider.as_ref()) {
+        return Ok(identify(ring, provider)?.map(|(c, _)| c));
+    }
+    let uri = provider.describe()?.uri;
+    let known = ring.roots.iter().find(|r| r.uri == uri);
+    Ok(known.map(|r| Connected { id: r.id, provider: provider.clone() }))
+}
+
 /// MAC of a keyring's bytes under the store secret.
 pub fn keyring_mac(secret: &StoreSecret, signed: &[u8]) -> [u8; 32] {
     mac(&derive(secret.secret(), label::KEYRING_MAC, b""), &[signed])
@@ -106,27 +152,38 @@ pub fn is_authentic(secret: &StoreSecret, d: &Decoded) -> bool {
     ct_eq(&keyring_mac(secret, &d.signed), &d.mac)
 }
 
-/// Opens the store secret of `d` with the first provider that can, and verifies the keyring's MAC with it.
+/// A root key that was tried before the one that opened the store, and why it did not: for a warning.
+pub type PassedOver = (String, KmsError);
+
+/// Opens the store secret of `d` with the first provider that can, and verifies the keyring's MAC with it. Whatever one
+/// provider answers, denial included, the next one is tried.
 ///
 /// # Errors
 /// [`Damage::KeyringMac`]; [`StoreError::WrongKey`] if every provider answered and none is a root key; else the first
 /// error of a provider that could not answer.
-pub fn unlock(d: &Decoded, providers: &[Arc<dyn KeyProvider>]) -> Result<(StoreSecret, Connected)> {
-    let mut no_answer = None;
-    for p in providers {
+pub fn unlock(d: &Decoded, providers: &[Arc<dyn KeyProvider>]) -> Result<(StoreSecret, Connected, Vec<PassedOver>)> {
+    let (mut passed_over, mut no_answer) = (Vec::new(), None);
+    for p in providers.iter().filter(|p| !wraps_only(p.as_ref())) {
         match identify(&d.keyring, p) {
             Ok(Some((c, key))) => {
                 let secret = StoreSecret::from_secret(key);
-                return if is_authentic(&secret, d) { Ok((secret, c)) } else { Err(Damage::KeyringMac.into()) };
+                let genuine = is_authentic(&secret, d);
+                return if genuine { Ok((secret, c, passed_over)) } else { Err(Damage::KeyringMac.into()) };
             }
-            Ok(None) => {}
-            Err(e) => no_answer = no_answer.or(Some(e)),
+            Ok(None) => {
+                let why = KmsError::BadCiphertext("it is none of this store's".into());
+                passed_over.push((name_of(p.as_ref()), why));
+            }
+            Err(e) => {
+                passed_over.push((name_of(p.as_ref()), e.clone()));
+                no_answer = no_answer.or(Some(e));
+            }
         }
     }
     match no_answer {
         Some(e) => Err(e.into()),
         None => {
-            let tried: Vec<String> = providers.iter().map(|p| name_of(p.as_ref())).collect();
+            let tried: Vec<String> = passed_over.into_iter().map(|(uri, _)| uri).collect();
             let known: Vec<&str> = d.keyring.roots.iter().map(|r| r.uri.as_str()).collect();
             Err(StoreError::WrongKey(format!("tried {}; it was locked with {}", tried.join(", "), known.join(", "))))
         }

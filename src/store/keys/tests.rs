@@ -1,5 +1,8 @@
 //! The keyring at work: over a simulated disk that stops at every operation, and under providers that fail and lie.
 
+mod recovery;
+mod refresh;
+
 use super::*;
 use crate::backing::sim::{PowerCut, SimDisk};
 use crate::crypto::secret::Dek;

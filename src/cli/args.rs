@@ -24,7 +24,7 @@ pub enum Command {
     Status(StatusArgs),
     /// Re-wrap every file's key under a new KEK, mounted or not
     Rotate(RotateArgs),
-    /// List, add and remove root keys
+    /// List, add, remove and refresh root keys
     #[command(subcommand)]
     Key(KeyCommand),
     /// Look for damage
@@ -73,12 +73,25 @@ pub struct AccessArgs {
     pub config: Option<PathBuf>,
 }
 
+/// The recovery key, for when no other root key opens the store. Never used without one of these.
+#[derive(Debug, Args, Default, Clone)]
+pub struct RecoveryArgs {
+    /// Open the store (an unmounted one) with its recovery key, asked for on the terminal
+    #[arg(long, conflicts_with = "recovery_file")]
+    pub recovery: bool,
+    /// Open the store (an unmounted one) with the recovery key in FILE
+    #[arg(long, value_name = "FILE")]
+    pub recovery_file: Option<PathBuf>,
+}
+
 /// What opens a store that is about to get or lose root keys.
 #[derive(Debug, Args, Default, Clone)]
 pub struct OpenKeys {
     /// Root key that opens the store now (unmounted stores). Without: those of the keyring
     #[arg(long = "open-key", value_name = "URI")]
     pub open_keys: Vec<String>,
+    #[command(flatten)]
+    pub recovery: RecoveryArgs,
     #[command(flatten)]
     pub access: AccessArgs,
 }
@@ -112,6 +125,9 @@ pub struct InitArgs {
     /// Leave file names as they are
     #[arg(long)]
     pub plaintext_names: bool,
+    /// Make a recovery key too, and print it, once
+    #[arg(long)]
+    pub recovery_key: bool,
 }
 
 #[derive(Debug, Args)]
@@ -135,6 +151,8 @@ pub struct MountArgs {
     pub options: Vec<String>,
     #[command(flatten)]
     pub key: KeySource,
+    #[command(flatten)]
+    pub recovery: RecoveryArgs,
     /// Log to FILE, not to the system log
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
@@ -231,7 +249,7 @@ pub enum KeyCommand {
         /// Mount point or backing directory
         #[arg(value_name = "MOUNTPOINT|BACKING")]
         target: PathBuf,
-        /// The new root key: passphrase:, keyfile:/PATH
+        /// The new root key: passphrase:, keyfile:/PATH; recovery: makes a recovery key and prints it, once
         #[arg(value_name = "URI", required_unless_present = "key")]
         uri: Option<String>,
         /// The same as URI
@@ -243,7 +261,7 @@ pub enum KeyCommand {
         #[command(flatten)]
         open: OpenKeys,
     },
-    /// Remove a root key; the last one cannot be removed
+    /// Remove a root key; the last one that is no recovery key cannot be removed
     Remove {
         /// Mount point or backing directory
         #[arg(value_name = "MOUNTPOINT|BACKING")]
@@ -251,6 +269,20 @@ pub enum KeyCommand {
         /// Id of the root key as `key list` shows it, or its URI if only one has it
         #[arg(value_name = "ID|URI")]
         which: String,
+        #[command(flatten)]
+        open: OpenKeys,
+    },
+    /// Move what root keys wrapped to their newest versions, so that older ones can be retired
+    Refresh {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// Say what is due, change nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         open: OpenKeys,
     },
@@ -264,10 +296,12 @@ pub struct CheckArgs {
     #[arg(long)]
     pub deep: bool,
     /// Look only at what can be seen without keys
-    #[arg(long, conflicts_with_all = ["keys", "deep"])]
+    #[arg(long, conflicts_with_all = ["keys", "deep", "recovery", "recovery_file"])]
     pub no_key: bool,
     #[command(flatten)]
     pub key: KeySource,
+    #[command(flatten)]
+    pub recovery: RecoveryArgs,
     /// One JSON object
     #[arg(long)]
     pub json: bool,

@@ -46,8 +46,13 @@ pub fn run(a: &CheckArgs) -> Result<(), Fault> {
 /// The opened keyring; `None`, with a word on standard error, if nobody asked for keys and there are none to be had.
 fn keys(a: &CheckArgs, b: &Posix) -> Result<Option<Keys>, Fault> {
     let p = &a.key.access;
-    let asked = a.deep || !a.key.keys.is_empty() || p.passphrase_file.is_some() || p.passphrase_command.is_some();
-    match open::keys(b, &a.key.keys, &root_keys::connect_options(p)?) {
+    let connect = root_keys::opening(p, &a.recovery)?;
+    let asked = a.deep
+        || !a.key.keys.is_empty()
+        || p.passphrase_file.is_some()
+        || p.passphrase_command.is_some()
+        || connect.recovery.is_some();
+    match root_keys::open(b, &a.key.keys, &connect) {
         Ok(k) => Ok(Some(k)),
         Err(f) if asked => Err(f),
         Err(f) => {

@@ -1,7 +1,7 @@
 //! `init`: a new store.
 
-use super::args::InitArgs;
-use super::{output, root_keys};
+use super::args::{InitArgs, KekKindArg};
+use super::{output, recovery, root_keys};
 use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::open;
@@ -19,6 +19,10 @@ use std::path::Path;
 pub fn run(a: &InitArgs) -> Result<(), Fault> {
     let given = if a.key.keys.is_empty() { vec!["passphrase:".to_string()] } else { a.key.keys.clone() };
     let uris = open::parse(&given)?;
+    if a.recovery_key && a.kek == KekKindArg::External {
+        let text = "--recovery-key: a recovery key does not open files under an external KEK; use --kek sealed";
+        return Err(Fault::new(FaultKind::Usage, text));
+    }
     make_directory(&a.backing)?;
     refuse_unless_empty(&a.backing)?;
     let b = Posix::open(&a.backing).map_err(|e| Fault::io("open", &a.backing, &e))?;
@@ -29,10 +33,29 @@ pub fn run(a: &InitArgs) -> Result<(), Fault> {
         roots.push(kms::connect(u, &connect, true).map_err(|e| Fault::kms(&u.to_string(), &e))?);
         said += &made;
     }
+    let recovery = if a.recovery_key { Some(recovery::new()?) } else { None };
+    if let Some((key, _)) = &recovery {
+        roots.push(key.clone());
+    }
     let flags = StoreFlags { plaintext_names: a.plaintext_names };
     let id = Store::init(&b, &roots, a.kek.into(), flags).map_err(|e| Fault::store(&a.backing, &e))?;
     said += &format!("made store {id} in {}\n", a.backing.display());
-    output::print(&said)
+    output::print(&said)?;
+    match (recovery, roots.as_slice()) {
+        (Some((_, text)), _) => recovery::show(&text).map_err(|f| {
+            let text = format!("{}: nobody has seen the recovery key: key remove it and key add another", f.message);
+            Fault::new(f.kind, text)
+        }),
+        (None, [_]) => {
+            eprintln!(
+                "envelopefs: this store has one root key: if that is lost so are the files; add a second one (envelopefs key \
+                 add {} recovery:)",
+                a.backing.display()
+            );
+            Ok(())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The last component is made if it is not there.

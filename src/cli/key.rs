@@ -1,16 +1,18 @@
-//! `key add` and `key remove`: root keys of the keyring, through the daemon if the store is mounted.
+//! `key add`, `key remove` and `key refresh`: root keys of the keyring, through the daemon if the store is mounted.
 
 use super::args::{AccessArgs, KeyCommand, OpenKeys};
 use super::place::Place;
-use super::{output, root_keys, status};
+use super::{output, recovery, root_keys, status};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::open;
-use crate::daemon::protocol::Request;
+use crate::daemon::protocol::{RefreshReport, Reply, Request, RootRefresh};
 use crate::format::ids::RootKeyId;
-use crate::kms;
+use crate::kms::{self, KeyProvider};
+use crate::store::StoreError;
 use crate::store::keys::Keys;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Runs the subcommand.
 ///
@@ -25,10 +27,14 @@ pub fn run(c: &KeyCommand) -> Result<(), Fault> {
             add(&Place::find(target)?, uri, new_passphrase_file.as_deref(), open)
         }
         KeyCommand::Remove { target, which, open } => remove(&Place::find(target)?, which, open),
+        KeyCommand::Refresh { target, dry_run, json, open } => refresh(&Place::find(target)?, *dry_run, *json, open),
     }
 }
 
 fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys) -> Result<(), Fault> {
+    if uri == "recovery:" {
+        return add_recovery(place, old);
+    }
     let uris = open::parse(&[uri.to_string()])?;
     let new = root_keys::new_passphrase(
         passphrase_file,
@@ -49,6 +55,78 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys)
     output::print(&format!("{made}added root key {uri}\n"))
 }
 
+/// A new recovery key. Its secret stays in this process: a daemon gets the public key. It is shown when it is proved to
+/// open the store, and taken out again if it cannot be shown.
+fn add_recovery(place: &Place, old: &OpenKeys) -> Result<(), Fault> {
+    let (key, text) = recovery::new()?;
+    let uri = key.uri().to_string();
+    let key: Arc<dyn KeyProvider> = key;
+    if let Some(c) = place.connect()? {
+        c.ask(&Request::KeyAdd { uri: uri.clone(), passphrase: None }, |_| {})?;
+        let shown = recovery::prove(&place.posix, &key)
+            .and_then(|()| output::print(&format!("added root key {uri}\n")))
+            .and_then(|()| recovery::show(&text));
+        return shown.map_err(|f| {
+            let taken_out = Place::find(&place.backing).and_then(|now| remove_by_id(&now, find(&now, &uri)?));
+            recovery::not_shown(&f, taken_out)
+        });
+    }
+    let (keys, _lock) = opened(place, old)?;
+    let fail = |e: StoreError| Fault::store(&place.backing, &e);
+    let id = keys.add_root_key(&place.posix, &key).map_err(fail)?;
+    output::print(&format!("added root key {uri}\n"))
+        .and_then(|()| recovery::show(&text))
+        .map_err(|f| recovery::not_shown(&f, keys.remove_root_key(&place.posix, id).map_err(fail)))
+}
+
+/// Takes a root key out through the daemon.
+fn remove_by_id(place: &Place, id: RootKeyId) -> Result<(), Fault> {
+    match place.connect()? {
+        Some(c) => c.ask(&Request::KeyRemove { id: id.to_string() }, |_| {}).map(drop),
+        None => Err(Fault::new(FaultKind::Daemon, "the daemon is gone")),
+    }
+}
+
+fn refresh(place: &Place, dry_run: bool, json: bool, old: &OpenKeys) -> Result<(), Fault> {
+    let report = match place.connect()? {
+        Some(c) => match c.ask(&Request::KeyRefresh { dry_run }, |_| {})? {
+            Reply::Refreshed(r) => r,
+            _ => return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
+        },
+        None => {
+            let (keys, _lock) = opened(place, old)?;
+            let roots = keys.refresh(&place.posix, dry_run).map_err(|e| Fault::store(&place.backing, &e))?;
+            RefreshReport::new(dry_run, keys.snapshot().generation, roots)
+        }
+    };
+    if json {
+        output::print_json(&report)?
+    } else {
+        output::print(&refreshed(&report))?
+    }
+    let failed: Vec<&Fault> = report.root_keys.iter().filter_map(|r| r.fault.as_ref()).collect();
+    match failed.first() {
+        None => Ok(()),
+        Some(f) => {
+            let n = failed.len();
+            let what = if n == 1 { "root key" } else { "root keys" };
+            Err(Fault::new(f.kind, format!("{n} {what} not refreshed; what it wraps is as it was")))
+        }
+    }
+}
+
+fn refreshed(report: &RefreshReport) -> String {
+    let line = |r: &RootRefresh| {
+        let now =
+            if report.dry_run { format!("{} due", r.due) } else { format!("{} moved to its newest version", r.moved) };
+        match &r.fault {
+            Some(f) => format!("root key {} {}: NOT refreshed: {}\n", r.id, r.uri, f.message),
+            None => format!("root key {} {}: {now}, {} current\n", r.id, r.uri, r.current),
+        }
+    };
+    report.root_keys.iter().map(line).collect()
+}
+
 fn remove(place: &Place, which: &str, old: &OpenKeys) -> Result<(), Fault> {
     let id = find(place, which)?;
     match place.connect()? {
@@ -64,7 +142,7 @@ fn remove(place: &Place, which: &str, old: &OpenKeys) -> Result<(), Fault> {
 /// The keyring, with the lock under which it may be changed.
 fn opened(place: &Place, old: &OpenKeys) -> Result<(Keys, VolumeLock), Fault> {
     let lock = VolumeLock::take(&place.backing, "key")?;
-    let keys = open::keys(&place.posix, &old.open_keys, &root_keys::connect_options(&old.access)?)?;
+    let keys = root_keys::open(&place.posix, &old.open_keys, &root_keys::opening(&old.access, &old.recovery)?)?;
     Ok((keys, lock))
 }
 

@@ -14,6 +14,7 @@ pub mod options;
 pub mod output;
 pub mod place;
 pub mod progress;
+pub mod recovery;
 pub mod root_keys;
 pub mod rotate;
 pub mod speed;
@@ -92,6 +93,7 @@ fn subject(c: &Command) -> String {
         Command::Key(args::KeyCommand::List { target, .. }) => p(target),
         Command::Key(args::KeyCommand::Add { target, .. }) => p(target),
         Command::Key(args::KeyCommand::Remove { target, .. }) => p(target),
+        Command::Key(args::KeyCommand::Refresh { target, .. }) => p(target),
         Command::Check(a) => p(&a.backing),
         Command::Inspect(a) => p(&a.file),
         // mount(8) says what to mount first.

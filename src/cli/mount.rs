@@ -11,6 +11,7 @@ use crate::daemon::ready::Sender;
 use crate::daemon::run::{self, Plan};
 use crate::daemon::{log, mounts, spawn};
 use crate::fuse::MountOptions;
+use crate::kms::ConnectOptions;
 use crate::store::dek_cache::DekCacheLimits;
 use rustix::mount::MountFlags;
 use std::ffi::{OsStr, OsString};
@@ -121,7 +122,8 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
     mount.fs_name = name.to_string();
     mount.options = o.pass;
     mount.threads = a.threads.or(d.threads).map(usize::from);
-    let connect = root_keys::connect_with(&a.key.access, &config);
+    let recovery = root_keys::recovery_source(&a.recovery);
+    let connect = ConnectOptions { recovery, ..root_keys::connect_with(&a.key.access, &config) };
     Ok(Plan {
         backing,
         keys: a.key.keys,

@@ -18,6 +18,24 @@ pub fn print(text: &str) -> Result<(), Fault> {
     }
 }
 
+/// Prints a secret: to the descriptor itself, so that no buffer keeps it. Unlike [`print`], fails also if nobody reads.
+///
+/// # Errors
+/// Standard output cannot be written.
+pub fn print_secret(text: &str) -> Result<(), Fault> {
+    let failed = |e: io::Error| Fault::new(FaultKind::Other, format!("cannot write to standard output: {}", plain(&e)));
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() {
+        match rustix::io::write(rustix::stdio::stdout(), rest) {
+            Ok(0) => return Err(failed(io::ErrorKind::WriteZero.into())),
+            Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(failed(e.into())),
+        }
+    }
+    Ok(())
+}
+
 /// Prints one JSON object, indented, with a newline.
 ///
 /// # Errors

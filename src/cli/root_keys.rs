@@ -1,10 +1,13 @@
 //! Root keys as the command line names them.
 
-use super::args::AccessArgs;
+use super::args::{AccessArgs, RecoveryArgs};
 use super::config::Config;
+use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::open;
 use crate::daemon::protocol::Hidden;
 use crate::kms::{self, ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, Scheme};
+use crate::store::keys::Keys;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,6 +28,32 @@ pub fn connect_with(a: &AccessArgs, config: &Config) -> ConnectOptions {
         (None, None) => None,
     };
     ConnectOptions { passphrase, services: config.services.clone(), ..Default::default() }
+}
+
+/// How to reach the root keys that open a store: as [`connect_options`], with the recovery key if it is asked for.
+///
+/// # Errors
+/// As [`connect_options`].
+pub fn opening(a: &AccessArgs, r: &RecoveryArgs) -> Result<ConnectOptions, Fault> {
+    Ok(ConnectOptions { recovery: recovery_source(r), ..connect_options(a)? })
+}
+
+/// Where the recovery key comes from; `None`: it is not used.
+pub fn recovery_source(r: &RecoveryArgs) -> Option<PassphraseSource> {
+    match &r.recovery_file {
+        Some(f) => Some(PassphraseSource::File(std::path::absolute(f).unwrap_or_else(|_| f.clone()))),
+        None => r.recovery.then_some(PassphraseSource::Terminal),
+    }
+}
+
+/// Opens the keyring, and says on standard error what should be known about how.
+///
+/// # Errors
+/// As [`open::keys`].
+pub fn open(b: &Posix, given: &[String], o: &ConnectOptions) -> Result<Keys, Fault> {
+    let keys = open::keys(b, given, o)?;
+    open::warnings(&keys, o).iter().for_each(|w| eprintln!("envelopefs: {w}"));
+    Ok(keys)
 }
 
 /// A new passphrase for the daemon, which has no terminal to ask on; `None` if none of `uris` needs one.

@@ -86,9 +86,9 @@ fn ended(s: RotationState, a: &RotateArgs) -> Result<(), Fault> {
 fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
     let _lock = VolumeLock::take(&place.backing, "rotate")?;
-    let connect = root_keys::connect_options(&a.open.access)?;
+    let connect = root_keys::opening(&a.open.access, &a.open.recovery)?;
     let b = open::backing(&place.backing)?;
-    let keys = open::keys(&b, &a.open.open_keys, &connect)?;
+    let keys = root_keys::open(&b, &a.open.open_keys, &connect)?;
     let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.access);
     let options = Options {
         kek: a.kek.map(Into::into),

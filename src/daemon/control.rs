@@ -3,7 +3,7 @@
 use super::fault::{Fault, FaultKind};
 use super::job::Job;
 use super::open;
-use super::protocol::{CacheStatus, DaemonStatus, Hidden, Reply, Request, RotateRequest};
+use super::protocol::{CacheStatus, DaemonStatus, Hidden, RefreshReport, Reply, Request, RotateRequest};
 use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
@@ -11,7 +11,7 @@ use crate::format::ids::RootKeyId;
 use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri};
 use crate::rotation;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -40,6 +40,7 @@ impl Handler for Control {
             Request::RotateCancel => self.job.steer(rotation::Control::cancel).map(|()| Reply::Done),
             Request::KeyAdd { uri, passphrase } => self.key_add(&uri, passphrase.as_ref()).map(|()| Reply::Done),
             Request::KeyRemove { id } => self.key_remove(&id).map(|()| Reply::Done),
+            Request::KeyRefresh { dry_run } => self.key_refresh(dry_run).map(Reply::Refreshed),
         };
         client.send(&reply.unwrap_or_else(Reply::Failed))
     }
@@ -104,6 +105,15 @@ impl Control {
         let id: RootKeyId = id.parse().map_err(|e| Fault::new(FaultKind::Usage, format!("root key id: {e}")))?;
         let shared = self.store.shared();
         shared.keys.remove_root_key(&shared.backing, id).map_err(|e| Fault::store(&self.backing, &e))
+    }
+
+    fn key_refresh(&self, dry_run: bool) -> Result<RefreshReport, Fault> {
+        let shared = self.store.shared();
+        if shared.read_only && !dry_run {
+            return Err(Fault::store(&self.backing, &StoreError::ReadOnly));
+        }
+        let roots = shared.keys.refresh(&shared.backing, dry_run).map_err(|e| Fault::store(&self.backing, &e))?;
+        Ok(RefreshReport::new(dry_run, shared.keys.snapshot().generation, roots))
     }
 
     /// The provider of `uri`; with `create`, a key file that is not there is made. The daemon has no terminal: a passphrase comes with the request or not at all.

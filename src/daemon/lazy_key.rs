@@ -57,6 +57,14 @@ impl KeyProvider for LazyKey {
     fn generate(&self, context: &WrapContext) -> Result<(Secret32, Vec<u8>), KmsError> {
         self.provider()?.generate(context)
     }
+
+    fn health(&self) -> Result<(), KmsError> {
+        self.provider()?.health()
+    }
+
+    fn rewrap_due(&self, wrapped: &[u8]) -> Result<bool, KmsError> {
+        self.provider()?.rewrap_due(wrapped)
+    }
 }
 
 #[cfg(test)]

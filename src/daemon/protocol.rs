@@ -5,6 +5,7 @@
 use super::fault::Fault;
 use crate::format::keyring::KekKind;
 use crate::rotation::{Report, Status};
+use crate::store::keys::RefreshedRoot;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -36,6 +37,11 @@ pub enum Request {
     /// Remove the root key with this id from the keyring.
     KeyRemove {
         id: String,
+    },
+    /// Move what root keys wrapped to their newest versions.
+    KeyRefresh {
+        /// Look only.
+        dry_run: bool,
     },
 }
 
@@ -103,6 +109,8 @@ pub enum Reply {
     Progress(Status),
     /// The rotation's report, or its present state.
     Rotation(Box<RotationState>),
+    /// What became of each root key.
+    Refreshed(RefreshReport),
     /// Done; nothing to tell.
     Done,
     Failed(Fault),
@@ -159,6 +167,45 @@ pub struct RotationState {
     pub fault: Option<Fault>,
 }
 
+/// What `key refresh` found and did. `key refresh --json` is this.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RefreshReport {
+    pub dry_run: bool,
+    /// Generation of the keyring afterwards.
+    pub generation: u64,
+    pub root_keys: Vec<RootRefresh>,
+}
+
+/// One root key of a [`RefreshReport`]; what it wraps is counted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RootRefresh {
+    pub id: String,
+    pub uri: String,
+    /// Wrapped by its newest version already.
+    pub current: u32,
+    /// Wrapped by an older one.
+    pub due: u32,
+    /// Of those that were due, moved.
+    pub moved: u32,
+    /// Why not everything was looked at or moved.
+    pub fault: Option<Fault>,
+}
+
+impl RefreshReport {
+    /// What [`crate::store::keys::Keys::refresh`] returned, after which the keyring has this generation.
+    pub fn new(dry_run: bool, generation: u64, roots: Vec<RefreshedRoot>) -> Self {
+        let root = |r: RefreshedRoot| RootRefresh {
+            id: r.id.to_string(),
+            fault: r.problem.map(|e| Fault::kms(&r.uri, &e)),
+            uri: r.uri,
+            current: r.current,
+            due: r.due,
+            moved: r.moved,
+        };
+        Self { dry_run, generation, root_keys: roots.into_iter().map(root).collect() }
+    }
+}
+
 /// Sends one line.
 ///
 /// # Errors
@@ -201,6 +248,7 @@ mod tests {
             }),
             Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("p w".into())) },
             Request::KeyRemove { id: "ab".into() },
+            Request::KeyRefresh { dry_run: true },
         ] {
             let mut b = Vec::new();
             send(&mut b, &r).unwrap();

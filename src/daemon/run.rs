@@ -59,7 +59,14 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     let keys = open::keys(&b, &plan.keys, &plan.connect)?;
     let _ = std::env::set_current_dir("/");
     clear_mountpoint(&plan)?;
+    let on_stderr = matches!(plan.log, log::Target::Stderr);
     log::install(plan.log, plan.log_level);
+    for w in open::warnings(&keys, &plan.connect) {
+        tracing::warn!("{w}");
+        if !on_stderr {
+            eprintln!("envelopefs: {w}");
+        }
+    }
     let options = StoreOptions { read_only: plan.mount.read_only, deks: plan.dek_cache, ..Default::default() };
     let store = Store::open(b, keys, options).map_err(|e| Fault::store(&plan.backing, &e))?;
     let job = Arc::new(Job::default());

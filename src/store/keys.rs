@@ -118,16 +118,15 @@ fn new_handle(store: StoreId, record: &KekRecord, key: Secret32, targets: &[Conn
     }
 }
 
+const RECOVERY_OR_EXTERNAL: &str = "a recovery key does not open files under an external KEK: have one or the other (rotate \
+                                    to a sealed KEK, or remove the recovery key)";
+
 /// A recovery key promises that it opens the store, and an external KEK is the one root key that wraps its DEKs.
 fn refuse_recovery_beside_external(ring: &Keyring) -> Result<()> {
-    let external = |k: &&KekRecord| k.kind == KekKind::External && (k.is_needed() || k.state == KekState::Pending);
-    match ring.keks.iter().find(external) {
-        Some(k) if ring.roots.iter().any(|r| recovery::is_recovery(&r.uri)) => refuse(format!(
-            "a recovery key does not open files under an external KEK ({}): have one or the other, rotate to a sealed KEK \
-             or remove the recovery key",
-            k.id
-        )),
-        _ => Ok(()),
+    let external = |k: &KekRecord| k.kind == KekKind::External && (k.is_needed() || k.state == KekState::Pending);
+    match ring.keks.iter().any(external) && ring.roots.iter().any(|r| recovery::is_recovery(&r.uri)) {
+        true => refuse(RECOVERY_OR_EXTERNAL),
+        false => Ok(()),
     }
 }
 
@@ -140,6 +139,13 @@ impl Keys {
     /// [`StoreError::KeyState`] if there is no root key, none but recovery keys, or a recovery key and an external KEK;
     /// [`StoreError::NotEmptyForInit`] if there is a keyring, whole or not; a provider's or the backing directory's.
     pub fn create<B: Backing>(b: &B, root: &[Arc<dyn KeyProvider>], kind: KekKind, flags: StoreFlags) -> Result<Self> {
+        let is_recovery = |p: &Arc<dyn KeyProvider>| recovery::is_recovery(&roots::name_of(p.as_ref()));
+        if root.iter().all(is_recovery) {
+            return refuse("a store needs a root key; a recovery key besides it is asked for only when that one fails");
+        }
+        if kind == KekKind::External && root.iter().any(is_recovery) {
+            return refuse(RECOVERY_OR_EXTERNAL);
+        }
         let folder = make_folder(b)?;
         if disk::load(b, &folder).iter().any(|f| !matches!(f, disk::Found::Absent)) {
             return Err(StoreError::NotEmptyForInit("there is a keyring already: this is a store".into()));
@@ -147,8 +153,8 @@ impl Keys {
         let (store, secret) = (StoreId::random(), StoreSecret::random());
         let targets: Vec<Connected> =
             root.iter().map(|p| Connected { id: RootKeyId::random(), provider: p.clone() }).collect();
-        let Some(first) = targets.first() else { return refuse("a store needs at least one root key") };
-        let mut kek = pending(kind, (kind == KekKind::External).then_some(first.id));
+        let first = targets.first().map(|c| c.id).filter(|_| kind == KekKind::External);
+        let mut kek = pending(kind, first);
         (kek.state, kek.activated) = (KekState::Active, kek.created);
         let id = kek.id;
         let handle = new_handle(store, &kek, Secret32::random(), &targets)?;
@@ -167,12 +173,6 @@ impl Keys {
             kek.wraps.push(roots::wrap(c, store, Object::Kek(id), handle.key())?);
         }
         ring.keks.push(kek);
-        if ring.roots.iter().all(|r| recovery::is_recovery(&r.uri)) {
-            return refuse(
-                "a store needs a root key besides its recovery key, which is asked for only when that fails",
-            );
-        }
-        refuse_recovery_beside_external(&ring)?;
         let bytes = encode(&ring, &secret)?;
         let proofs: Vec<Proof<'_>> = targets
             .iter()

@@ -22,7 +22,7 @@ fn pty() -> (File, OwnedFd) {
 }
 
 /// Runs `command` on a terminal where each of `answers` is typed after a prompt. Returns what the terminal showed.
-fn on_terminal(mut command: Command, answers: &[&str]) -> (ExitStatus, String) {
+pub fn on_terminal(mut command: Command, answers: &[&str]) -> (ExitStatus, String) {
     let (mut ours, theirs) = pty();
     command.stdin(Stdio::from(theirs.try_clone().unwrap()));
     command.stdout(Stdio::from(theirs.try_clone().unwrap())).stderr(Stdio::from(theirs));

@@ -12,12 +12,18 @@ fn init_makes_the_key_file_and_the_store_and_says_so() {
         "init back --key keyfile:DIR/key",
         0,
         "made key file DIR/key: keep a copy in a safe place\nmade store ID in back\n",
-        "",
+        "envelopefs: this store has one root key: if that is lost so are the files; add a second one (envelopefs key add \
+         back recovery:)\n",
     );
     b.fails("init back --key keyfile:DIR/key", 14, "back holds a store already; use an empty directory");
     fs::write(b.path("mnt/x"), "").unwrap();
     b.fails("init mnt --key keyfile:DIR/key", 14, "mnt is not empty; use an empty directory");
-    b.says("init new --key keyfile:DIR/key --plaintext-names --kek external", 0, "made store ID in new\n", "");
+    b.says(
+        "init new --key keyfile:DIR/key --key keyfile:DIR/other --plaintext-names --kek external",
+        0,
+        "made key file DIR/other: keep a copy in a safe place\nmade store ID in new\n",
+        "",
+    );
     let s = b.json("status new --json");
     assert_eq!((&s["plaintext_names"], &s["keyring"]["keks"][0]["kind"]), (&true.into(), &"external".into()));
 }

@@ -141,7 +141,7 @@ fn a_store_keeps_a_root_key_besides_its_recovery_key() {
     let (full, public) = pair();
     let disk = SimDisk::default();
     let only = Keys::create(&disk, std::slice::from_ref(&full), KekKind::Sealed, StoreFlags::default());
-    assert!(state(only).contains("besides its recovery key"));
+    assert!(state(only).contains("a store needs a root key"));
     assert!(matches!(Keys::read_keyring(&disk), Err(StoreError::NotAStore(_))));
     let (disk, _, keys, full) = store();
     let root = keys.snapshot().roots[0].id;

@@ -3,9 +3,11 @@
 It shares no code with the program: the cipher is OpenSSL's, by way of the `cryptography` package. It reads, it never
 writes to the store. Section numbers are those of FORMAT.md.
 
-    envelopefs_reader.py BACKING [--key-file F]... [--passphrase-file F]... list
-    envelopefs_reader.py BACKING [--key-file F]... [--passphrase-file F]... extract DESTINATION
-    envelopefs_reader.py BACKING [--key-file F]... [--passphrase-file F]... verify
+    envelopefs_reader.py BACKING KEY... list
+    envelopefs_reader.py BACKING KEY... extract DESTINATION
+    envelopefs_reader.py BACKING KEY... verify
+
+KEY is --key-file F, --passphrase-file F or --recovery-file F.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import stat
@@ -21,7 +24,8 @@ import sys
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESGCMSIV
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 # --- 1. Conventions -------------------------------------------------------------------------------------------------
@@ -287,6 +291,82 @@ class Passphrase:
                 salt=wrapped[16:32], length=32, iterations=passes, lanes=lanes, memory_cost=memory
             ).derive(self.passphrase)
         return unseal(derive(self.derived[parameters], b"root-wrap"), context, wrapped[32:])
+
+
+class Mistyped(ValueError):
+    """What was typed is no recovery key."""
+
+
+BASE32 = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+
+
+def crc24(data):
+    crc = 0xB704CE
+    for byte in data:
+        crc ^= byte << 16
+        for _ in range(8):
+            crc = (crc << 1) ^ (0x1864CFB if crc & 0x800000 else 0)
+    return crc
+
+
+def recovery_secret(typed):
+    """The private key in the printed form of a recovery key (section 4.3)."""
+    text = re.sub(r"[\s-]", "", typed).upper().replace("0", "O").replace("8", "B")
+    if len(text) != 56 or any(c not in BASE32 + "1" for c in text) or text.count("1") > 10:
+        raise Mistyped(typed)
+    found = []
+    for letters in itertools.product("IL", repeat=text.count("1")):
+        each = iter(letters)
+        data = base64.b32decode("".join(next(each) if c == "1" else c for c in text))
+        if crc24(data[:32]) == int.from_bytes(data[32:], "big"):
+            found.append(data[:32])
+    if len(found) != 1:
+        raise Mistyped(typed)
+    return found[0]
+
+
+def hpke_open(secret, enc, info, aad, ciphertext):
+    """RFC 9180, base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM. None if it does not authenticate."""
+
+    def extract(suite, salt, label, ikm):
+        return mac(salt, b"HPKE-v1" + suite + label + ikm)
+
+    def expand(suite, prk, label, info, length):
+        return mac(prk, struct.pack(">H", length) + b"HPKE-v1" + suite + label + info + b"\1")[:length]
+
+    private = X25519PrivateKey.from_private_bytes(secret)
+    try:
+        dh = private.exchange(X25519PublicKey.from_public_bytes(enc))
+    except ValueError:  # all zeros
+        return None
+    kem = b"KEM" + struct.pack(">H", 0x20)
+    shared = expand(
+        kem, extract(kem, b"", b"eae_prk", dh), b"shared_secret", enc + private.public_key().public_bytes_raw(), 32
+    )
+    suite = b"HPKE" + struct.pack(">HHH", 0x20, 1, 2)
+    schedule = b"\0" + extract(suite, b"", b"psk_id_hash", b"") + extract(suite, b"", b"info_hash", info)
+    prk = extract(suite, shared, b"secret", b"")
+    try:
+        key, nonce = expand(suite, prk, b"key", schedule, 32), expand(suite, prk, b"base_nonce", schedule, 12)
+        return AESGCM(key).decrypt(nonce, ciphertext, aad)
+    except InvalidTag:
+        return None
+
+
+class RecoveryKey:
+    """A recovery key (section 4.3)."""
+
+    scheme = "recovery:"
+
+    def __init__(self, typed):
+        self.secret = recovery_secret(typed)
+        public = X25519PrivateKey.from_private_bytes(self.secret).public_key().public_bytes_raw()
+        self.uri = "recovery:" + b64encode(public).decode("ascii")
+
+    def unwrap(self, wrapped, context):
+        if len(wrapped) != 80:
+            return None
+        return hpke_open(self.secret, wrapped[:32], b"envelopefs/v1/recovery", context, wrapped[32:])
 
 
 class Keys:
@@ -860,6 +940,7 @@ def main():
     p.add_argument("backing")
     p.add_argument("--key-file", action="append", default=[])
     p.add_argument("--passphrase-file", action="append", default=[])
+    p.add_argument("--recovery-file", action="append", default=[])
     p.add_argument("command", choices=["list", "extract", "verify"])
     p.add_argument("destination", nargs="?")
     a = p.parse_args()
@@ -867,6 +948,9 @@ def main():
     for name in a.passphrase_file:
         with open(name, "rb") as f:
             providers.append(Passphrase(f.read().removesuffix(b"\n").removesuffix(b"\r")))
+    for name in a.recovery_file:
+        with open(name, encoding="utf-8") as f:
+            providers.append(RecoveryKey(f.read()))
     store = Store(a.backing, providers)
     if a.command == "list":
         list_command(store)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -192,6 +193,21 @@ class ReaderAgrees(unittest.TestCase):
             self.check_extract(s, [r.Passphrase(b"correct horse")], want)
             with self.assertRaises(r.NoKey):
                 r.Store(s.backing, [r.Passphrase(b"wrong horse")])
+
+    def test_reader_opens_with_a_recovery_key(self):
+        with Store() as s:
+            out = run("init", s.backing, "--key", f"keyfile:{s.path('key')}", "--recovery-key")
+            typed = re.search(r"\n    ([A-Z2-7-]{69})\n", out).group(1)
+            with s.mounted():
+                with open(os.path.join(s.mnt, "file"), "wb") as f:
+                    f.write(b"content")
+                # The new KEK is wrapped for a key that is not there.
+                run("rotate", s.mnt, "--destroy-old")
+            with s.mounted():
+                want = describe(s.mnt)
+            self.check_extract(s, [r.RecoveryKey(typed.lower().replace("-", " "))], want)
+            with self.assertRaises(r.Mistyped):
+                r.RecoveryKey(typed[:-1] + ("A" if typed[-1] != "A" else "B"))
 
     def test_reader_recovers_what_a_killed_daemon_left(self):
         with Store() as s:

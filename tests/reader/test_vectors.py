@@ -129,10 +129,21 @@ def passphrase(v):
     return {"key": key.hex()}
 
 
+def recovery(v):
+    try:
+        provider = r.RecoveryKey(v["recovery_key"])
+    except r.Mistyped:
+        raise r.Damage("mistyped") from None
+    key = provider.unwrap(b(v, "wrapped"), r.wrap_context(b"store-secret", b(v, "store"), b(v, "store")))
+    if key is None:
+        raise r.Damage("bad-ciphertext")
+    return {"uri": provider.uri, "key": key.hex()}
+
+
 KINDS = {
     "kdf": kdf, "geometry": geometry, "header": header, "state": state, "block": block,
     "directory-id": directory_id, "name": name, "symlink": symlink, "xattr": xattr, "keyring": keyring,
-    "passphrase": passphrase,
+    "passphrase": passphrase, "recovery": recovery,
 }
 
 
@@ -153,6 +164,9 @@ class Vectors(unittest.TestCase):
                     self.assertEqual(got, {k: v[k] for k in ("expect", "error") if k in v})
                 count += 1
         self.assertGreater(count, 100)
+
+    def test_crc24_is_openpgps(self):
+        self.assertEqual(r.crc24(b"123456789"), 0x21CF02)
 
     def test_crc32c_is_castagnoli(self):
         self.assertEqual(r.crc32c(b"123456789"), 0xE3069283)

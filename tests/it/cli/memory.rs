@@ -2,6 +2,7 @@
 //! every mapping of it, for each secret it ever had. That it cannot be traced by its user is tested in `unprivileged`.
 
 use super::support::{Bench, can_mount, wait_for};
+use aws_lc_rs::agreement;
 use envelopefs::backing::posix::Posix;
 use envelopefs::crypto::kdf::{derive, label};
 use envelopefs::crypto::secret::Secret32;
@@ -278,6 +279,51 @@ fn no_passphrase_lies_outside_the_arena() {
         secrets.add("root wrap key", derive(&root, label::ROOT_WRAP, b"").expose());
     }
     assert_none("mounted with a passphrase", b.daemon(), &secrets);
+}
+
+/// A daemon that was opened with the recovery key, and then wraps new KEKs for it: neither the key in any form nor what
+/// HPKE agrees on with it.
+#[test]
+fn no_recovery_key_lies_outside_the_arena() {
+    if !rustix::process::geteuid().is_root() || !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    let out = String::from_utf8(b.run("init back --key keyfile:DIR/key --recovery-key").stdout).unwrap();
+    let text = out.lines().find(|l| l.starts_with("    ") && l.len() == 73).unwrap().trim();
+    fs::write(b.path("paper"), text).unwrap();
+    b.ok("mount back mnt --recovery-file DIR/paper");
+    fs::write(b.path("mnt/f"), b"content").unwrap();
+    b.ok("rotate mnt");
+
+    let secret = envelopefs::kms::recovery::printed::read(text.as_bytes()).unwrap();
+    let mut secrets = Secrets::default();
+    secrets.add("recovery key", secret.expose());
+    secrets.add("recovery key as printed", text.as_bytes());
+    let plain = text.replace('-', "");
+    secrets.add("recovery key without dashes", plain.as_bytes());
+    let value = |c: u8| if c.is_ascii_digit() { c - b'2' + 26 } else { c - b'A' };
+    secrets.add("values of the recovery key's characters", &plain.bytes().map(value).collect::<Vec<u8>>());
+    let mut clamped = *secret.expose();
+    clamped[0] &= 248;
+    clamped[31] = clamped[31] & 127 | 64;
+    secrets.add("recovery key as a scalar", &clamped);
+    let private = agreement::PrivateKey::from_private_key(&agreement::X25519, secret.expose()).unwrap();
+    let ring = Keys::read_keyring(&Posix::open(b.path("back")).unwrap()).unwrap();
+    let id = ring.roots.iter().find(|r| r.uri.starts_with("recovery:")).unwrap().id;
+    let wraps = ring.secret.iter().chain(ring.keks.iter().flat_map(|k| &k.wraps)).filter(|w| w.root == id);
+    let wraps: Vec<&[u8]> = wraps.map(|w| &w.bytes[..]).collect();
+    assert_eq!(wraps.len(), 3);
+    for (i, w) in wraps.into_iter().enumerate() {
+        let peer = agreement::UnparsedPublicKey::new(&agreement::X25519, &w[..32]);
+        agreement::agree(&private, peer, (), |dh| {
+            secrets.add(format!("X25519's result {i}"), dh);
+            Ok(())
+        })
+        .unwrap();
+    }
+    Secrets::of_store(&b, &mut secrets);
+    assert_none("mounted with the recovery key", b.daemon(), &secrets);
 }
 
 /// The test must be able to find what is there.

@@ -14,6 +14,7 @@ use envelopefs::format::names::NameKeys;
 use envelopefs::format::state;
 use envelopefs::format::xattrs::{FoundXattr, XattrKeys};
 use envelopefs::kms::passphrase::PassphraseKey;
+use envelopefs::kms::recovery::{RecoveryKey, printed};
 use envelopefs::kms::{Argon2Cost, KeyProvider, KeyPurpose, PassphraseSource, WrapContext};
 use serde_json::{Value, json};
 
@@ -33,6 +34,7 @@ pub fn run(kind: &str, v: &Value) -> Outcome {
         "xattr" => xattr_vector(v).map_err(damage),
         "keyring" => keyring_vector(v).map_err(damage),
         "passphrase" => passphrase_vector(v),
+        "recovery" => recovery_vector(v),
         _ => panic!("unknown kind {kind}"),
     }
 }
@@ -196,5 +198,21 @@ fn passphrase_vector(v: &Value) -> Outcome {
             envelopefs::kms::KmsError::BadCiphertext(_) => Err("bad-ciphertext".to_owned()),
             e => panic!("{e}"),
         },
+    }
+}
+
+fn recovery_vector(v: &Value) -> Outcome {
+    let secret = printed::read(v["recovery_key"].as_str().unwrap().as_bytes()).map_err(|_| "mistyped".to_owned())?;
+    let key = RecoveryKey::from_secret(secret).unwrap();
+    let context = WrapContext {
+        store: array(&v["store"]),
+        purpose: KeyPurpose::StoreSecret,
+        object: array(&v["store"]),
+        extra: Vec::new(),
+    };
+    match key.unwrap(&unhex(&v["wrapped"]), &context) {
+        Ok(k) => Ok(json!({ "uri": key.uri().to_string(), "key": hex(k.expose()) })),
+        Err(envelopefs::kms::KmsError::BadCiphertext(_)) => Err("bad-ciphertext".to_owned()),
+        Err(e) => panic!("{e}"),
     }
 }

@@ -14,7 +14,9 @@ use envelopefs::format::links::Reference;
 use envelopefs::format::names::{Encoded, NameKeys};
 use envelopefs::format::state::{self, CLEAN, Entry, FileState, SPARSE, SegmentState, TRUNCATING};
 use envelopefs::format::xattrs::{XattrKeys, XattrName};
+use envelopefs::kms::recovery::{INFO, RecoveryKey};
 use envelopefs::kms::{KeyPurpose, WrapContext};
+use hpke::{Deserializable, Kem, OpModeS, Serializable};
 use serde_json::{Value, json};
 
 const STORE: StoreId = StoreId([0x51; 16]);
@@ -48,6 +50,11 @@ pub fn all() -> Vec<(&'static str, &'static str, Vec<Value>)> {
             "passphrase",
             "a store secret wrapped by a passphrase, section 4.3; the error is not a damage code",
             passphrase_vectors(),
+        ),
+        (
+            "recovery",
+            "a store secret wrapped for a recovery key, section 4.3; the errors are not damage codes",
+            recovery_vectors(),
         ),
     ]
 }
@@ -663,5 +670,80 @@ fn passphrase_vectors() -> Vec<Value> {
         bad("17 lanes", inputs(&wrapped(1024, 1, 17)), "bad-ciphertext"),
         bad("cut short", inputs(&one[..91]), "bad-ciphertext"),
         bad("changed", inputs(&flipped(&one, 50)), "bad-ciphertext"),
+    ]
+}
+
+/// Gives HPKE the same ephemeral key every time.
+struct Fixed(u8);
+
+impl hpke::rand_core::RngCore for Fixed {
+    fn next_u32(&mut self) -> u32 {
+        u32::from_ne_bytes([self.0; 4])
+    }
+
+    fn next_u64(&mut self) -> u64 {
+        u64::from_ne_bytes([self.0; 8])
+    }
+
+    fn fill_bytes(&mut self, to: &mut [u8]) {
+        to.fill(self.0);
+    }
+}
+
+impl hpke::rand_core::CryptoRng for Fixed {}
+
+fn recovery_vectors() -> Vec<Value> {
+    type X25519 = hpke::kem::X25519HkdfSha256;
+    let key = RecoveryKey::from_secret(Secret32::take_from(&mut pattern(32, 0x21).try_into().unwrap())).unwrap();
+    let text = key.printed().unwrap().to_string();
+    let context = |purpose| WrapContext { store: STORE.0, purpose, object: STORE.0, extra: Vec::new() };
+    let wrapped = |seed: u8, purpose| {
+        let public = <X25519 as Kem>::PublicKey::from_bytes(key.uri().recovery_key().unwrap()).unwrap();
+        let mut data = SECRET;
+        let (enc, tag) = hpke::single_shot_seal_in_place_detached::<
+            hpke::aead::AesGcm256,
+            hpke::kdf::HkdfSha256,
+            X25519,
+            _,
+        >(
+            &OpModeS::Base, &public, INFO, &mut data, &context(purpose).to_aad(), &mut Fixed(seed)
+        )
+        .unwrap();
+        [&enc.to_bytes()[..], &data, &tag.to_bytes()[..]].concat()
+    };
+    let inputs = |text: &str, w: &[u8]| json!({ "recovery_key": text, "store": STORE.to_string(), "wrapped": hex(w) });
+    let expect = || json!({ "uri": key.uri().to_string(), "key": hex(&SECRET) });
+    let one = wrapped(0xe1, KeyPurpose::StoreSecret);
+    let other = RecoveryKey::from_secret(sec([7; 32])).unwrap().printed().unwrap().to_string();
+    let with = |at: usize, c: &str| {
+        let mut t = text.clone();
+        assert_ne!(&t[at..at + c.len()], c);
+        t.replace_range(at..at + c.len(), c);
+        t
+    };
+    let swapped = {
+        let at = text.as_bytes().windows(2).position(|w| w[0] != w[1] && !w.contains(&b'-')).unwrap();
+        let pair: String = text[at..at + 2].chars().rev().collect();
+        with(at, &pair)
+    };
+    let digits = text.to_lowercase().replace('-', " ").replace('o', "0").replace('b', "8").replace(['i', 'l'], "1");
+    assert!(["0", "8", "1"].iter().all(|d| digits.contains(d)), "{digits}");
+    vec![
+        good("as it is printed", inputs(&text, &one), expect()),
+        good("another ephemeral key", inputs(&text, &wrapped(0xe2, KeyPurpose::StoreSecret)), expect()),
+        good("in small letters, with spaces, and digits for letters", inputs(&digits, &one), expect()),
+        good("without dashes", inputs(&text.replace('-', ""), &one), expect()),
+        bad("one character changed", inputs(&with(10, if &text[10..11] == "A" { "C" } else { "A" }), &one), "mistyped"),
+        bad("two neighbours exchanged", inputs(&swapped, &one), "mistyped"),
+        bad("one character too few", inputs(&text[..68], &one), "mistyped"),
+        bad("a character that is none", inputs(&with(0, "9"), &one), "mistyped"),
+        bad("another recovery key", inputs(&other, &one), "bad-ciphertext"),
+        bad("another purpose", inputs(&text, &wrapped(0xe1, KeyPurpose::Kek)), "bad-ciphertext"),
+        bad("enc changed", inputs(&text, &flipped(&one, 3)), "bad-ciphertext"),
+        bad("ciphertext changed", inputs(&text, &flipped(&one, 40)), "bad-ciphertext"),
+        bad("tag changed", inputs(&text, &flipped(&one, 79)), "bad-ciphertext"),
+        bad("enc of low order", inputs(&text, &[&[0; 32], &one[32..]].concat()), "bad-ciphertext"),
+        bad("cut short", inputs(&text, &one[..79]), "bad-ciphertext"),
+        bad("too long", inputs(&text, &[&one[..], &[0]].concat()), "bad-ciphertext"),
     ]
 }

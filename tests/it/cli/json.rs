@@ -43,6 +43,7 @@ fn check(b: &Bench, line: &str, name: &str) {
 fn output_without_a_mount_is_as_documented() {
     let b = Bench::with_store();
     check(&b, "key list back --json", "key list --json");
+    check(&b, "key refresh back --json", "key refresh --json");
     check(&b, "rotate back --json", "rotate --json");
     check(&b, "speed --json", "speed --json");
     check(&b, "check back --json", "check --json");

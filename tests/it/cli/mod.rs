@@ -5,4 +5,7 @@ mod json;
 mod lifecycle;
 mod memory;
 mod recovery;
-mod support;
+pub mod support;
+mod terminal;
+mod transcripts;
+mod unprivileged;

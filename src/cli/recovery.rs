@@ -29,8 +29,8 @@ pub fn prove(b: &Posix, key: &Arc<dyn KeyProvider>) -> Result<(), Fault> {
     let prove = || -> Result<(), StoreError> {
         let keys = Keys::open(b, std::slice::from_ref(key))?;
         let ring = keys.snapshot();
-        let in_use = ring.keks.iter().filter(|k| matches!(k.state, KekState::Active | KekState::Retired));
-        in_use.map(|k| keys.kek(k.id).map(drop)).collect()
+        let mut in_use = ring.keks.iter().filter(|k| matches!(k.state, KekState::Active | KekState::Retired));
+        in_use.try_for_each(|k| keys.kek(k.id).map(drop))
     };
     prove().map_err(|e| Fault::store(b.path(), &e))
 }

@@ -31,8 +31,8 @@ fn with_recovery() -> Bench {
 /// The recorded URI of the recovery key.
 fn uri(b: &Bench) -> String {
     let list = b.json("key list back --json");
-    let uris = list["root_keys"].as_array().unwrap().iter().map(|r| r["uri"].as_str().unwrap().to_owned());
-    uris.filter(|u| u.starts_with("recovery:")).last().expect("a recovery key")
+    let mut uris = list["root_keys"].as_array().unwrap().iter().map(|r| r["uri"].as_str().unwrap().to_owned());
+    uris.rfind(|u| u.starts_with("recovery:")).expect("a recovery key")
 }
 
 fn roots(b: &Bench) -> usize {

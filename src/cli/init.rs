@@ -74,7 +74,7 @@ fn refuse_unless_empty(path: &Path) -> Result<(), Fault> {
         let name = e.map_err(fail)?.file_name();
         // What an init that failed or was killed left there holds no keyring.
         let keyring = |name: &&str| path.join(".envelopefs").join(name).symlink_metadata().is_ok();
-        if name == ".envelopefs" && !COPIES.iter().any(|c| keyring(c)) {
+        if name == ".envelopefs" && !COPIES.iter().any(keyring) {
             continue;
         }
         if name == ".envelopefs" {

@@ -60,6 +60,12 @@ pub trait Observer: Send + Sync {
     fn call(&self, c: &Call<'_>);
 }
 
+impl std::fmt::Debug for dyn Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Observer")
+    }
+}
+
 thread_local! {
     static CALLER: Cell<Option<Caller>> = const { Cell::new(None) };
     static REQUEST_ID: RefCell<Option<String>> = const { RefCell::new(None) };

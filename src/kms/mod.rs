@@ -7,7 +7,9 @@
 pub mod event;
 #[cfg(feature = "gcp-kms")]
 pub mod gcp;
+pub mod guard;
 pub mod keyfile;
+pub mod metrics;
 pub mod passphrase;
 pub mod recovery;
 pub mod scripted;
@@ -206,13 +208,23 @@ pub struct ConnectOptions {
     pub argon2: Option<Argon2Cost>,
     /// Where key services are, from the configuration.
     pub services: services::Services,
+    /// Hears of every call to a root key.
+    pub observer: Option<Arc<dyn event::Observer>>,
+    /// Where calls, and what the guard does about them, are counted.
+    pub metrics: Option<Arc<metrics::Registry>>,
 }
 
 /// Makes the provider for `uri`. With `create`, a key file that is not there is made, and a passphrase is asked twice.
+/// One whose calls leave this machine is [guarded](guard).
 ///
 /// # Errors
 /// [`KmsError::Config`] for a kind of root key that is not built in; else as the provider's own.
 pub fn connect(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc<dyn KeyProvider>, KmsError> {
+    Ok(guard::around(bare(uri, o, create)?, uri, o))
+}
+
+/// The provider itself.
+fn bare(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc<dyn KeyProvider>, KmsError> {
     match uri.scheme() {
         Scheme::KeyFile => match keyfile::KeyFile::open(uri) {
             Err(KmsError::NotFound(_)) if create => Ok(Arc::new(keyfile::KeyFile::create(uri)?)),

@@ -37,6 +37,8 @@ pub enum Call {
     Rewrap,
     /// [`KeyProvider::rewrap_due`], which has no context: an empty one is noted.
     Due,
+    /// As `Due`.
+    Health,
 }
 
 /// Holds calls until it is opened.
@@ -203,10 +205,17 @@ impl KeyProvider for Scripted {
     }
 
     fn rewrap_due(&self, wrapped: &[u8]) -> Result<bool, KmsError> {
-        let none = WrapContext { store: [0; 16], purpose: KeyPurpose::Kek, object: [0; 16], extra: Vec::new() };
-        self.begin(Call::Due, &none)?;
+        self.begin(Call::Due, &no_context())?;
         Ok(wrapped.first().is_some_and(|v| usize::from(*v) + 1 < self.state.lock().keys.len()))
     }
+
+    fn health(&self) -> Result<(), KmsError> {
+        self.begin(Call::Health, &no_context()).map(|_| ())
+    }
+}
+
+fn no_context() -> WrapContext {
+    WrapContext { store: [0; 16], purpose: KeyPurpose::Kek, object: [0; 16], extra: Vec::new() }
 }
 
 impl State {

@@ -45,6 +45,14 @@ impl Scheme {
     pub fn has_versions(self) -> bool {
         !matches!(self, Self::Passphrase | Self::KeyFile | Self::Recovery)
     }
+
+    /// Whether such a key lives in a service or device, so that calls can be slow, throttled or unreachable.
+    pub fn is_remote(self) -> bool {
+        match self {
+            Self::Passphrase | Self::KeyFile | Self::Recovery => false,
+            Self::AwsKms | Self::GcpKms | Self::Vault | Self::Pkcs11 => true,
+        }
+    }
 }
 
 /// A parsed root key URI. `Display` is the canonical text; it holds no secret.

@@ -139,6 +139,20 @@ mod tests {
     }
 
     #[test]
+    fn the_example_shows_the_defaults_of_the_limits() {
+        let text = include_str!("../../config.example.toml");
+        let limits = parse(text).unwrap().services.limits;
+        assert_eq!(limits, crate::kms::services::Limits::default());
+        let table = text.split("[services.limits]").nth(1).unwrap().split("\n[").next().unwrap();
+        // Each key is there: without its line, another value would not be noticed.
+        let other = format!("{table}\n").replace(" = ", " = 9");
+        let changed = parse(&format!("[services.limits]{other}")).unwrap().services.limits;
+        let differs = format!("{changed:?}");
+        assert_eq!(differs.matches(": 9").count(), differs.matches(": ").count(), "{differs}");
+        assert!(parse("[services.limits]\nburts = 1\n").unwrap_err().contains("burts"));
+    }
+
+    #[test]
     fn unknown_keys_are_refused_with_their_line() {
         let e = parse("[store.a]\nbacking = \"/x\"\nkeyz = []\n").unwrap_err();
         assert!(e.starts_with("line 3:") && e.contains("keyz"), "{e}");

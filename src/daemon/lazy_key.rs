@@ -83,6 +83,13 @@ impl KeyProvider for LazyKey {
         self.provider()?.unwrap(wrapped, context)
     }
 
+    fn unwrap_many(&self, items: &[(&[u8], &WrapContext)]) -> Vec<Result<Secret32, KmsError>> {
+        match self.provider() {
+            Ok(p) => p.unwrap_many(items),
+            Err(e) => items.iter().map(|_| Err(e.clone())).collect(),
+        }
+    }
+
     fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {
         self.provider()?.rewrap(wrapped, from, to)
     }

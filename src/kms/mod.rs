@@ -157,6 +157,14 @@ pub trait KeyProvider: Send + Sync {
     /// [`KmsError::BadCiphertext`] if `wrapped` is not this root key's or the context differs; any other.
     fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError>;
 
+    /// Unwraps many: one result for each item, in their order. A service that can take them in few calls does.
+    ///
+    /// # Errors
+    /// For each item as `unwrap`; what keeps the service from answering at all is the result of every item.
+    fn unwrap_many(&self, items: &[(&[u8], &WrapContext)]) -> Vec<Result<Secret32, KmsError>> {
+        items.iter().map(|(wrapped, context)| self.unwrap(wrapped, context)).collect()
+    }
+
     /// Moves a wrapped key to the root key's newest version or to another context. By default unwraps and wraps here;
     /// a provider that can do it inside the service does (see [`Capabilities::native_rewrap`]).
     ///

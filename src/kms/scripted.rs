@@ -93,6 +93,7 @@ struct State {
     script: HashMap<Call, VecDeque<Behaviour>>,
     otherwise: Behaviour,
     calls: Vec<(Call, WrapContext)>,
+    batches: usize,
 }
 
 /// The provider. Its URI is `scripted:NAME`. Wrapped form: version u8 ‖ [`GcmSiv::wrap`] (60).
@@ -116,6 +117,7 @@ impl Scripted {
             script: HashMap::new(),
             otherwise: Behaviour::Obey,
             calls: Vec::new(),
+            batches: 0,
         };
         Arc::new(Self { uri: format!("scripted:{name}"), state: Mutex::new(state) })
     }
@@ -161,6 +163,11 @@ impl Scripted {
         self.state.lock().calls.iter().filter(|(c, _)| *c == call).count()
     }
 
+    /// How often it was asked to unwrap many; each of them counts as a call too.
+    pub fn batches(&self) -> usize {
+        self.state.lock().batches
+    }
+
     /// Takes the call's behaviour from the script, and does the part of it that is the same for all calls.
     fn begin(&self, call: Call, context: &WrapContext) -> Result<Behaviour, KmsError> {
         let behaviour = {
@@ -195,6 +202,11 @@ impl KeyProvider for Scripted {
             Behaviour::AnotherKey | Behaviour::Garbage => Ok(Secret32::random()),
             _ => self.state.lock().unwrap(wrapped, context).ok_or_else(|| KmsError::BadCiphertext(self.uri.clone())),
         }
+    }
+
+    fn unwrap_many(&self, items: &[(&[u8], &WrapContext)]) -> Vec<Result<Secret32, KmsError>> {
+        self.state.lock().batches += 1;
+        items.iter().map(|(wrapped, context)| self.unwrap(wrapped, context)).collect()
     }
 
     fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {

@@ -197,38 +197,50 @@ pub struct Opened {
     pub unusable: HashMap<KekId, KmsError>,
 }
 
-/// Opens what can be opened of `ring`'s KEKs with `connected`.
+/// Opens what can be opened of `ring`'s KEKs with `connected`, the first before the next. A provider is asked once for
+/// all that it may know: a store with a hundred retired KEKs must not cost a hundred calls.
 pub fn open_keks(ring: &Keyring, connected: &[Connected]) -> Opened {
     let mut opened = Opened::default();
-    for k in ring.keks.iter().filter(|k| k.state != KekState::Destroyed) {
-        match open_kek(ring, k, connected) {
-            Ok(h) => {
-                h.set_may_wrap(k.state == KekState::Active);
-                opened.handles.insert(k.id, Arc::new(h));
-            }
-            Err(e) => {
-                opened.unusable.insert(k.id, e);
+    let mut left: Vec<&KekRecord> = ring.keks.iter().filter(|k| k.state != KekState::Destroyed).collect();
+    for c in connected {
+        let (ask, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|k| wrap_for(k, c).is_some());
+        left = others;
+        let contexts: Vec<WrapContext> = ask.iter().map(|k| Object::Kek(k.id).context(ring.store)).collect();
+        let items: Vec<(&[u8], &WrapContext)> =
+            ask.iter().filter_map(|k| wrap_for(k, c)).map(|w| w.bytes.as_slice()).zip(&contexts).collect();
+        let mut answers = if items.is_empty() { Vec::new() } else { c.provider.unwrap_many(&items) }.into_iter();
+        for k in ask {
+            match answers.next().unwrap_or_else(|| Err(KmsError::Config("the provider left out a key".into()))) {
+                Ok(key) => {
+                    let h = match k.kind {
+                        KekKind::Sealed => KekHandle::sealed(ring.store, k.id, key),
+                        KekKind::External => KekHandle::external(ring.store, k.id, key, c.provider.clone()),
+                    };
+                    h.set_may_wrap(k.state == KekState::Active);
+                    opened.unusable.remove(&k.id);
+                    opened.handles.insert(k.id, Arc::new(h));
+                }
+                Err(e) => {
+                    opened.unusable.insert(k.id, e);
+                    left.push(k);
+                }
             }
         }
+    }
+    for k in left {
+        opened.unusable.entry(k.id).or_insert_with(|| nobody_asked(ring, k));
     }
     opened
 }
 
-fn open_kek(ring: &Keyring, k: &KekRecord, connected: &[Connected]) -> Outcome<KekHandle> {
+/// The wrap that `c` can open `k` with. Kind external needs the one provider that wraps its DEKs, sealed any that
+/// wraps the KEK.
+fn wrap_for<'a>(k: &'a KekRecord, c: &Connected) -> Option<&'a Wrap> {
+    k.wrap_by(c.id).filter(|_| k.provider.is_none_or(|p| p == c.id))
+}
+
+fn nobody_asked(ring: &Keyring, k: &KekRecord) -> KmsError {
     let uri = |id: RootKeyId| ring.root(id).map_or("an unknown root key", |r| r.uri.as_str());
-    let mut why = KmsError::Config(format!(
-        "KEK {} is wrapped by {}; give that root key",
-        k.id,
-        k.wraps.iter().map(|w| uri(w.root)).collect::<Vec<_>>().join(", ")
-    ));
-    // Kind external needs the one provider that wraps its DEKs, sealed any that wraps the KEK.
-    for c in connected.iter().filter(|c| k.provider.is_none_or(|p| p == c.id)) {
-        let Some(w) = k.wrap_by(c.id) else { continue };
-        match c.provider.unwrap(&w.bytes, &Object::Kek(k.id).context(ring.store)) {
-            Ok(key) if k.kind == KekKind::Sealed => return Ok(KekHandle::sealed(ring.store, k.id, key)),
-            Ok(probe) => return Ok(KekHandle::external(ring.store, k.id, probe, c.provider.clone())),
-            Err(e) => why = e,
-        }
-    }
-    Err(why)
+    let by: Vec<&str> = k.wraps.iter().map(|w| uri(w.root)).collect();
+    KmsError::Config(format!("KEK {} is wrapped by {}; give that root key", k.id, by.join(", ")))
 }

@@ -88,6 +88,47 @@ fn a_store_opens_again_with_all_it_had() {
 }
 
 #[test]
+fn all_keks_of_a_store_are_asked_for_at_once() {
+    let (disk, s, keys) = fresh();
+    let old: Vec<KekId> = (0..12).map(|_| rotate(&disk, &keys).0).collect();
+    drop(keys);
+    let before = s.count(Call::Unwrap);
+    let again = open(&disk, &[&s]).unwrap();
+    assert_eq!(s.batches(), 1);
+    assert_eq!(s.count(Call::Unwrap) - before, 14, "13 KEKs and the store secret");
+    for id in old {
+        assert_eq!(again.kek(id).unwrap().id(), id);
+    }
+}
+
+#[test]
+fn a_kek_that_one_root_key_does_not_open_the_next_one_does() {
+    let (disk, a, b) = (SimDisk::default(), Scripted::new("a"), Scripted::new("b"));
+    let keys = make(&disk, &[&a, &b]);
+    let (old, new) = rotate(&disk, &keys);
+    // The store secret opens with a. The first of the KEKs does not, neither before b is connected to nor after.
+    let denied = || Behaviour::Fail(KmsError::Denied("d".into()));
+    let order: Vec<KekId> = keys.snapshot().keks.iter().map(|k| k.id).collect();
+    assert_eq!(order, [old, new]);
+    for behaviour in [Behaviour::Obey, denied(), Behaviour::Obey, denied(), Behaviour::Obey] {
+        a.then(Call::Unwrap, behaviour);
+    }
+    let (asked_a, asked_b) = (a.batches(), b.batches());
+    let again = open(&disk, &[&a, &b]).unwrap();
+    assert!(again.kek(old).is_ok() && again.kek(new).is_ok());
+    assert_eq!((a.batches() - asked_a, b.batches() - asked_b), (2, 1));
+    // b was asked for the store secret and for the one KEK that was left.
+    assert_eq!(b.calls().last().unwrap(), &(Call::Unwrap, roots::Object::Kek(old).context(again.store_id())));
+    // If neither opens it, the last one's reason is told, and the rest of the store is there.
+    for behaviour in [Behaviour::Obey, denied(), Behaviour::Obey] {
+        a.then(Call::Unwrap, behaviour);
+    }
+    let again = open(&disk, &[&a]).unwrap();
+    assert!(matches!(again.kek(old), Err(StoreError::Kms(KmsError::Denied(_)))));
+    assert!(again.kek(new).is_ok());
+}
+
+#[test]
 fn what_is_no_store_is_told_from_what_is_one() {
     let disk = SimDisk::default();
     let s = Scripted::new("a");

@@ -20,12 +20,14 @@ const FORBIDDEN_EDGES: [(&str, &str); 6] = [
     ("fuse", "crypto"),
 ];
 /// Where the machine's own file system may be touched other than through `backing::Backing`.
-const STD_FS_ALLOWED: [&str; 8] = [
+const STD_FS_ALLOWED: [&str; 9] = [
     "backing/posix",
     "kms/keyfile",
     "kms/passphrase",
     // The credentials file that the configuration names.
     "kms/gcp/credentials",
+    // Tokens, secret ids and certificates that the configuration names.
+    "kms/vault/files",
     "daemon/",
     "cli/",
     "cli.rs",

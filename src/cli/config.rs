@@ -136,6 +136,11 @@ mod tests {
         let gcp = ["endpoint", "allow_http", "credentials_file", "anonymous", "quota_project"];
         assert!(gcp.iter().all(|key| text.contains(&format!("{key} = "))), "{gcp:?}");
         assert!(c.services.gcp.timeout_ms.is_some() && c.services.gcp.credentials_timeout_ms.is_some());
+        let v = &c.services.vault;
+        assert!(v.address.is_some() && v.ca_file.is_some() && v.connect_timeout_ms.is_some());
+        for key in ["namespace", "allow_http", "token_file", "secret_id_file", "jwt_file", "cert_file", "key_file"] {
+            assert!(text.contains(key), "{key}");
+        }
     }
 
     #[test]

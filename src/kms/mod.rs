@@ -15,6 +15,8 @@ pub mod recovery;
 pub mod scripted;
 pub mod services;
 pub mod uri;
+#[cfg(feature = "vault")]
+pub mod vault;
 
 pub use passphrase::{Argon2Cost, PassphraseSource};
 pub use uri::{RootKeyUri, Scheme};
@@ -247,6 +249,9 @@ fn bare(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc<dyn Ke
         Scheme::GcpKms => Ok(Arc::new(gcp::GcpKms::open(uri, &o.services.gcp)?)),
         #[cfg(not(feature = "gcp-kms"))]
         Scheme::GcpKms => Err(not_built_in(uri)),
+        #[cfg(feature = "vault")]
+        Scheme::Vault => Ok(Arc::new(vault::VaultKey::connect(uri, &o.services.vault)?)),
+        #[cfg(not(feature = "vault"))]
         Scheme::Vault => Err(not_built_in(uri)),
         Scheme::Pkcs11 => Err(not_built_in(uri)),
         Scheme::Recovery => match &o.recovery {

@@ -109,10 +109,71 @@ pub struct GcpOptions {
     pub credentials_timeout_ms: Option<u64>,
 }
 
-/// How to reach Vault or OpenBao; without any, `VAULT_ADDR` or `BAO_ADDR` and `VAULT_TOKEN` or `BAO_TOKEN`.
+/// How to reach Vault or OpenBao. What is not set here comes from the environment: `BAO_ADDR` or `VAULT_ADDR`,
+/// `BAO_NAMESPACE` or `VAULT_NAMESPACE`, `BAO_CACERT` or `VAULT_CACERT`. Paths must be absolute.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct VaultOptions {}
+pub struct VaultOptions {
+    /// `https://host:port`.
+    pub address: Option<String>,
+    /// Namespace of the Transit engine and of the login.
+    pub namespace: Option<String>,
+    /// PEM certificates to trust instead of the machine's.
+    pub ca_file: Option<PathBuf>,
+    /// Lets token and keys cross a network in clear: only where something else encrypts it. Loopback needs no leave.
+    pub allow_http: bool,
+    /// Limit for a connection including TLS, in milliseconds. Default 500.
+    pub connect_timeout_ms: Option<u64>,
+    /// Limit for one request and its answer, in milliseconds. Default 2000.
+    pub attempt_timeout_ms: Option<u64>,
+    /// How to prove who we are.
+    pub auth: VaultAuth,
+}
+
+/// `[services.vault.auth]`: how to get a token. No secret stands here, only where it is; a file with a secret must not
+/// be readable by others.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(tag = "method", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum VaultAuth {
+    /// A token that somebody else made and keeps: from `token_file`, else `BAO_TOKEN` or `VAULT_TOKEN`, else
+    /// `~/.vault-token`.
+    Token {
+        /// Read again when the token in it has expired.
+        token_file: Option<PathBuf>,
+    },
+    /// AppRole.
+    Approle {
+        role_id: String,
+        secret_id_file: PathBuf,
+        /// Where the method is mounted. Default `approle`.
+        mount: Option<String>,
+    },
+    /// A Kubernetes service account.
+    Kubernetes {
+        role: String,
+        /// Default: the pod's own, `/var/run/secrets/kubernetes.io/serviceaccount/token`.
+        jwt_file: Option<PathBuf>,
+        /// Where the method is mounted. Default `kubernetes`.
+        mount: Option<String>,
+    },
+    /// A TLS client certificate.
+    TlsCert {
+        /// PEM, the certificate first and then what leads to its CA.
+        cert_file: PathBuf,
+        /// PEM.
+        key_file: PathBuf,
+        /// Role to log in as; without, any that fits.
+        role: Option<String>,
+        /// Where the method is mounted. Default `cert`.
+        mount: Option<String>,
+    },
+}
+
+impl Default for VaultAuth {
+    fn default() -> Self {
+        Self::Token { token_file: None }
+    }
+}
 
 /// How to reach a PKCS#11 token.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -146,5 +207,38 @@ mod tests {
             Limits { deadline: 3600, breaker_pause: 3600, breaker_pause_max: 3600, negative_cache: 3600, ..all(m) };
         assert_eq!(all(m).bounded(), most);
         assert_eq!(Limits { breaker_pause: 60, ..sane }.bounded().breaker_pause, 30, "the longest is the longest");
+    }
+
+    fn vault(auth: &str) -> Result<VaultAuth, String> {
+        let read: Result<Services, _> = toml::from_str(&format!("[vault.auth]\n{auth}"));
+        read.map(|s| s.vault.auth).map_err(|e| e.message().to_owned())
+    }
+
+    #[test]
+    fn a_vault_login_is_named_by_its_method() {
+        assert_eq!(toml::from_str::<Services>("[vault]").unwrap().vault.auth, VaultAuth::Token { token_file: None });
+        assert_eq!(vault("method = 'token'"), Ok(VaultAuth::Token { token_file: None }));
+        let file = || Some("/t".into());
+        assert_eq!(vault("method = 'token'\ntoken_file = '/t'"), Ok(VaultAuth::Token { token_file: file() }));
+        let approle = VaultAuth::Approle { role_id: "r".into(), secret_id_file: "/s".into(), mount: None };
+        assert_eq!(vault("method = 'approle'\nrole_id = 'r'\nsecret_id_file = '/s'"), Ok(approle));
+        let pod = VaultAuth::Kubernetes { role: "r".into(), jwt_file: None, mount: Some("k8s".into()) };
+        assert_eq!(vault("method = 'kubernetes'\nrole = 'r'\nmount = 'k8s'"), Ok(pod));
+        let host = VaultAuth::TlsCert { cert_file: "/c".into(), key_file: "/k".into(), role: None, mount: None };
+        assert_eq!(vault("method = 'tls-cert'\ncert_file = '/c'\nkey_file = '/k'"), Ok(host));
+    }
+
+    #[test]
+    fn secrets_do_not_stand_in_the_configuration() {
+        for auth in [
+            "method = 'token'\ntoken = 's.secret'",
+            "method = 'approle'\nrole_id = 'r'\nsecret_id_file = '/s'\nsecret_id = 's.secret'",
+            "method = 'approle'\nrole_id = 'r'\nsecret_id = 's.secret'",
+            "token = 's.secret'",
+            "method = 'userpass'\npassword = 's.secret'",
+        ] {
+            let e = vault(auth).unwrap_err();
+            assert!(!e.contains("s.secret"), "{e}");
+        }
     }
 }

@@ -186,6 +186,14 @@ impl RootKeyUri {
         }
     }
 
+    /// Transit mount and key name of a `vault:`. Both can stand in a request path as they are.
+    pub fn vault(&self) -> Option<(&str, &str)> {
+        match &self.kind {
+            Kind::Vault { mount, key } => Some((mount, key)),
+            _ => None,
+        }
+    }
+
     /// The PKCS#11 module's path, if the command line gave one. Never recorded.
     pub fn module_path(&self) -> Option<&Path> {
         self.module_path.as_deref()

@@ -1,6 +1,12 @@
 //! Key services: each provider against a real server where one runs here (OpenBao, SoftHSM), else against a fake that
 //! says so. Servers listen on loopback at a port found free and die with the test.
 
+#[cfg(feature = "vault")]
+mod bao;
 #[cfg(feature = "gcp-kms")]
 mod gcp;
 mod server;
+#[cfg(feature = "vault")]
+mod vault;
+#[cfg(feature = "vault")]
+mod vault_cli;

@@ -85,6 +85,8 @@ pub struct Capabilities {
     pub native_rewrap: bool,
     /// `generate` makes the key inside the service.
     pub native_generate: bool,
+    /// `unwrap_many` takes few calls for many keys.
+    pub native_batch: bool,
     /// Calls leave this machine and can be slow, throttled or unreachable.
     pub remote: bool,
     /// It wraps for a key whose secret is not at hand: `unwrap` always fails with [`KmsError::Credentials`].

@@ -143,6 +143,17 @@ fn outcome<T>(r: &Result<T, KmsError>) -> Outcome {
     }
 }
 
+/// Many results as that of one call: an error, if it is the same for all of them and is not about one wrapped key.
+fn whole(results: Vec<Result<Secret32, KmsError>>) -> Result<Vec<Result<Secret32, KmsError>>, KmsError> {
+    match results.first() {
+        Some(Err(e)) if !matches!(e, KmsError::BadCiphertext(_) | KmsError::NotFound(_)) => {
+            let e = e.clone();
+            if results.iter().all(|r| r.as_ref().err() == Some(&e)) { Err(e) } else { Ok(results) }
+        }
+        _ => Ok(results),
+    }
+}
+
 /// What is called, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -426,6 +437,47 @@ impl KeyProvider for Guarded {
                 })
             }
         }
+    }
+
+    /// Many keys that the service takes at once are one call here, tried again as a whole if all of it failed; else each
+    /// is a call of its own. Not joined with unwraps of single keys that are under way: this is for opening a keyring.
+    fn unwrap_many(&self, items: &[(&[u8], &WrapContext)]) -> Vec<Result<Secret32, KmsError>> {
+        let purpose = items.first().map(|(_, c)| c.purpose);
+        let alike = items.iter().all(|(_, c)| Some(c.purpose) == purpose);
+        let Some(purpose) = purpose.filter(|_| self.capabilities.native_batch && alike && items.len() > 1) else {
+            return items.iter().map(|(wrapped, context)| self.unwrap(wrapped, context)).collect();
+        };
+        let digests: Vec<negative::Digest> = items.iter().map(|(w, c)| negative::digest(w, c)).collect();
+        let (known, epoch) = {
+            let (n, now) = (self.negative.lock(), self.clock.now());
+            (digests.iter().map(|d| n.unopenable(d, now)).collect::<Vec<_>>(), n.epoch())
+        };
+        let asked: Vec<(&[u8], &WrapContext)> =
+            items.iter().zip(&known).filter(|(_, k)| k.is_none()).map(|(i, _)| *i).collect();
+        let attempt = || whole(self.inner.unwrap_many(&asked));
+        let answer = if asked.is_empty() {
+            Ok(Vec::new())
+        } else {
+            self.call(Operation::Unwrap, purpose, self.deadline(), attempt)
+        };
+        let failed = answer.as_ref().err().cloned();
+        let mut answers = answer.unwrap_or_default().into_iter();
+        let each = items.iter().zip(digests).zip(known).map(|(((_, context), what), known)| {
+            if let Some(e) = known {
+                self.counters.negative_hits.add_one();
+                return Err(e);
+            }
+            if let Some(e) = &failed {
+                return Err(e.clone());
+            }
+            let missing = || Err(KmsError::Unreachable(format!("{}: an answer without this key", self.uri)));
+            let r = answers.next().unwrap_or_else(missing);
+            if let Err(e) = &r {
+                self.negative.lock().unwrap_failed(what, context, e, epoch, self.clock.now());
+            }
+            r
+        });
+        each.collect()
     }
 
     fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {

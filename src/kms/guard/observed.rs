@@ -72,6 +72,21 @@ impl KeyProvider for Observed {
         self.observe(Operation::Unwrap, Some(context), |p| p.unwrap(wrapped, context))
     }
 
+    /// One report for each key: what was unwrapped is what an audit is about.
+    fn unwrap_many(&self, items: &[(&[u8], &WrapContext)]) -> Vec<Result<Secret32, KmsError>> {
+        if !self.capabilities.native_batch {
+            return items.iter().map(|(wrapped, context)| self.unwrap(wrapped, context)).collect();
+        }
+        let _ = event::take_request_id();
+        let begun = self.clock.now();
+        let results = self.inner.unwrap_many(items);
+        let id = event::take_request_id();
+        for ((_, context), r) in items.iter().zip(&results) {
+            self.report(Operation::Unwrap, Some(context), begun, r.as_ref().map(|_| ()), id.clone());
+        }
+        results
+    }
+
     fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {
         if self.capabilities.native_rewrap {
             return self.observe(Operation::Rewrap, Some(to), |p| p.rewrap(wrapped, from, to));

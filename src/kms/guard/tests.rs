@@ -567,6 +567,68 @@ fn what_is_done_inside_the_service_is_one_call() {
     assert_eq!(seen, [Operation::Generate, Operation::Rewrap, Operation::Unwrap]);
 }
 
+/// A guard around a service that takes many keys at once, or not.
+fn batching(native_batch: bool) -> (Guarded, Arc<Scripted>, Arc<FakeClock>, Arc<Log>) {
+    let (inner, clock, log) = (Scripted::new("s"), FakeClock::new(), Arc::new(Log::default()));
+    let capabilities = Capabilities { native_batch, remote: true, ..Capabilities::default() };
+    let observers: Vec<Arc<dyn Observer>> = vec![log.clone()];
+    let observed = Observed::new(inner.clone(), "scripted:s".into(), capabilities, observers, clock.clone());
+    let (uri, metrics) = ("scripted:s".into(), Registry::new());
+    let parts = Parts { uri, capabilities, metrics, clock: clock.clone(), random: Box::new(|| 1 << 63) };
+    (Guarded::new(Arc::new(observed), &Limits::default(), parts), inner, clock, log)
+}
+
+#[test]
+fn many_keys_are_one_call_where_the_service_takes_them_so() {
+    for native in [false, true] {
+        let (guard, inner, clock, log) = batching(native);
+        let keys: Vec<Secret32> = (0..3).map(|_| Secret32::random()).collect();
+        let contexts: Vec<WrapContext> = (0..3).map(context).collect();
+        let wraps: Vec<Vec<u8>> = keys.iter().zip(&contexts).map(|(k, c)| guard.wrap(k, c).unwrap()).collect();
+        let other = context(9);
+        let items: Vec<(&[u8], &WrapContext)> =
+            vec![(&wraps[0], &contexts[0]), (&wraps[1], &other), (&wraps[1], &contexts[1]), (&wraps[2], &contexts[2])];
+        log.0.lock().clear();
+        let opens = |results: &[Result<Secret32, KmsError>]| {
+            let good = |i: usize, k: usize| results[i].as_ref().unwrap().ct_eq(&keys[k]);
+            assert!(results.len() == 4 && good(0, 0) && good(2, 1) && good(3, 2));
+            assert!(matches!(results[1], Err(KmsError::BadCiphertext(_))));
+        };
+        opens(&guard.unwrap_many(&items));
+        assert_eq!((inner.batches(), inner.count(Call::Unwrap)), (usize::from(native), 4));
+        assert_eq!(
+            log.0.lock().iter().map(|l| (l.0, l.1)).collect::<Vec<_>>(),
+            [true, false, true, true].map(|ok| (Operation::Unwrap, ok))
+        );
+        // What does not open is remembered, and only the rest is asked for.
+        opens(&guard.unwrap_many(&items));
+        assert_eq!((inner.batches(), inner.count(Call::Unwrap)), (2 * usize::from(native), 7));
+        assert!(matches!(guard.unwrap_many(&items[1..2])[0], Err(KmsError::BadCiphertext(_))));
+        assert!(guard.unwrap_many(&[]).is_empty());
+        assert_eq!(inner.count(Call::Unwrap), 7);
+        assert!(clock.slept().is_empty());
+    }
+}
+
+#[test]
+fn many_keys_are_asked_for_again_if_all_of_them_failed_alike() {
+    let (guard, inner, clock, _) = batching(true);
+    let contexts: Vec<WrapContext> = (0..3).map(context).collect();
+    let wraps: Vec<Vec<u8>> = contexts.iter().map(|c| guard.wrap(&Secret32::random(), c).unwrap()).collect();
+    let items: Vec<(&[u8], &WrapContext)> = wraps.iter().map(Vec::as_slice).zip(&contexts).collect();
+    for _ in 0..6 {
+        inner.then(Call::Unwrap, fail(throttled()));
+    }
+    assert!(guard.unwrap_many(&items).iter().all(Result::is_ok));
+    assert_eq!((inner.batches(), clock.slept().len()), (3, 2));
+    // A refusal is the answer for all, and is remembered as that of one call is.
+    inner.always(fail(KmsError::Denied("no".into())));
+    for _ in 0..2 {
+        assert!(guard.unwrap_many(&items).iter().all(|r| matches!(r, Err(KmsError::Denied(_)))));
+    }
+    assert_eq!(inner.batches(), 4);
+}
+
 #[test]
 fn only_what_leaves_the_machine_is_guarded_and_everything_is_observed() {
     let dir = tempfile::tempdir().unwrap();

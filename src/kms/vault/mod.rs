@@ -207,6 +207,7 @@ impl KeyProvider for VaultKey {
             binds_context: true,
             native_rewrap: true,
             native_generate: true,
+            native_batch: true,
             remote: true,
             ..Capabilities::default()
         };

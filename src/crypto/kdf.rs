@@ -36,6 +36,8 @@ pub mod label {
     pub const KEYRING_MAC: &str = "envelopefs/v1/keyring-mac";
     /// Store secret → key of the MAC over rotation journals and reports.
     pub const REPORT_MAC: &str = "envelopefs/v1/report-mac";
+    /// Store secret → key of the seals in audit logs.
+    pub const AUDIT_SEAL: &str = "envelopefs/v1/audit-seal";
 }
 
 /// HKDF-Expand of 32 bytes with `label ‖ 0x00 ‖ context`, into fresh secret memory.

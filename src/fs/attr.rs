@@ -8,6 +8,7 @@ use super::caller::Caller;
 use super::inode::Inode;
 use super::{EnvelopeFs, StoreError};
 use crate::backing::{Backing, Kind, SetTime};
+use crate::kms::event;
 use crate::store::{Attr, Result, SetAttr};
 
 const SET_BITS: u32 = libc::S_ISUID | libc::S_ISGID;
@@ -63,7 +64,9 @@ impl<B: Backing> EnvelopeFs<B> {
         if touches_privileges {
             inode.privileges.change();
         }
-        let mut attr = self.store.setattr(&inode.node, &set, handle.as_ref().map(|h| &h.file));
+        let apply = || self.store.setattr(&inode.node, &set, handle.as_ref().map(|h| &h.file));
+        // A file is cut or grown by its states, which takes its key.
+        let mut attr = event::on_behalf_of(caller.of_keys(), apply);
         if set.kill_suidgid {
             attr = attr.and_then(|a| self.drop_setgid_of_strangers(caller, &inode, a));
         }

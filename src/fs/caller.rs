@@ -1,5 +1,6 @@
 //! Who asks.
 
+use crate::kms::event;
 use crate::store::Owner;
 
 /// The process that makes a call, as the kernel names it.
@@ -28,6 +29,11 @@ impl Caller {
     /// Whether the caller may set the setgid bit on something of group `gid`.
     pub(super) fn is_in_group(&self, gid: u32) -> bool {
         self.uid == 0 || self.gid == gid || (self.has_group)(self.pid, gid)
+    }
+
+    /// What the observer of keys is told of him.
+    pub(super) fn of_keys(&self) -> event::Caller {
+        event::Caller { pid: self.pid, uid: self.uid }
     }
 
     pub(super) fn owner(&self) -> Owner {

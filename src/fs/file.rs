@@ -1,4 +1,7 @@
 //! Open files.
+//!
+//! A key that a request on an open file needs is used on behalf of who opened the file: what the kernel writes back and
+//! reads ahead has no caller of its own.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,6 +11,7 @@ use super::caller::Caller;
 use super::inode::Inode;
 use super::{EnvelopeFs, Found, Report, StoreError, failed, os};
 use crate::backing::{Access, Backing, SetTime};
+use crate::kms::event;
 use crate::store::file::{FileAllocate, OpenFile};
 use crate::store::{Result, SetAttr};
 
@@ -19,18 +23,25 @@ pub(super) struct Handle<B: Backing> {
     pub inode: Arc<Inode<B>>,
     pub file: OpenFile<B>,
     access: Access,
+    /// Who opened it.
+    opener: event::Caller,
 }
 
 impl<B: Backing> Handle<B> {
-    fn new(inode: Arc<Inode<B>>, file: OpenFile<B>, access: Access) -> Self {
+    fn new(inode: Arc<Inode<B>>, file: OpenFile<B>, access: Access, caller: &Caller) -> Self {
         if access == Access::ReadWrite {
             inode.writers.fetch_add(1, Ordering::AcqRel);
         }
-        Self { inode, file, access }
+        Self { inode, file, access, opener: caller.of_keys() }
     }
 
     pub(super) fn is_writable(&self) -> bool {
         self.access == Access::ReadWrite
+    }
+
+    /// Does something that may need a key.
+    pub(super) fn with_key<R>(&self, f: impl FnOnce(&OpenFile<B>) -> R) -> R {
+        event::on_behalf_of(self.opener, || f(&self.file))
     }
 }
 
@@ -48,10 +59,11 @@ impl<B: Backing> EnvelopeFs<B> {
     /// Those of the store.
     pub fn create(&self, caller: &Caller, parent: u64, name: &[u8], mode: u32, umask: u32) -> Result<(Found, u64)> {
         let dir = self.inode(parent)?;
-        let (node, attr, file) = self.store.create(&dir.node, name, mode & 0o7777, umask, self.owner(caller))?;
+        let make = || self.store.create(&dir.node, name, mode & 0o7777, umask, self.owner(caller));
+        let (node, attr, file) = event::on_behalf_of(caller.of_keys(), make)?;
         let found = self.enter(node, attr);
         let inode = self.inode(found.node)?;
-        let handle = self.handles.insert(Handle::new(inode, file, Access::ReadWrite));
+        let handle = self.handles.insert(Handle::new(inode, file, Access::ReadWrite, caller));
         Ok((found, handle))
     }
 
@@ -62,8 +74,8 @@ impl<B: Backing> EnvelopeFs<B> {
     pub fn open(&self, caller: &Caller, node: u64, flags: i32) -> Result<u64> {
         let inode = self.inode(node)?;
         let access = access_of(flags);
-        let file = self.store.open_file(&inode.node, access)?;
-        let handle = self.handles.insert(Handle::new(inode, file, access));
+        let file = event::on_behalf_of(caller.of_keys(), || self.store.open_file(&inode.node, access))?;
+        let handle = self.handles.insert(Handle::new(inode, file, access, caller));
         if flags & libc::O_TRUNC != 0 {
             let empty = Change { size: Some(0), handle: Some(handle), ..Change::NONE };
             if let Err(e) = self.set_attr(caller, node, &empty) {
@@ -97,7 +109,7 @@ impl<B: Backing> EnvelopeFs<B> {
     /// # Errors
     /// `Damage` for a block that does not authenticate; those of the backing directory.
     pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        self.handle(handle)?.file.read(offset, buf)
+        self.handle(handle)?.with_key(|f| f.read(offset, buf))
     }
 
     /// Writes all of `data`. `kill`: who writes, if he has no right to leave setuid and setgid bits.
@@ -108,7 +120,7 @@ impl<B: Backing> EnvelopeFs<B> {
         let handle = self.writable(handle)?;
         self.before_change(&handle.inode, kill)?;
         handle.inode.kernels_mtime.content_written();
-        handle.file.write(offset, data)
+        handle.with_key(|f| f.write(offset, data))
     }
 
     /// Makes the file durable, and the names that lead to it.
@@ -127,7 +139,7 @@ impl<B: Backing> EnvelopeFs<B> {
     pub fn allocate(&self, caller: &Caller, handle: u64, mode: FileAllocate, offset: u64, len: u64) -> Result<()> {
         let handle = self.writable(handle)?;
         self.before_change(&handle.inode, caller.if_he_drops_set_bits())?;
-        handle.file.allocate(mode, offset, len)
+        handle.with_key(|f| f.allocate(mode, offset, len))
     }
 
     /// `SEEK_DATA`, or else `SEEK_HOLE`.
@@ -162,7 +174,7 @@ impl<B: Backing> EnvelopeFs<B> {
         while done < len {
             let piece = usize::try_from(len - done).map_or(buf.len(), |left| left.min(buf.len()));
             let piece = buf.get_mut(..piece).unwrap_or_default();
-            match copy_piece(&source.file, from.1 + done, &target.file, to.1 + done, piece) {
+            match copy_piece(&source, from.1 + done, &target, to.1 + done, piece) {
                 Ok(0) => break,
                 Ok(n) => done += n as u64,
                 Err(_) if done > 0 => break,
@@ -184,12 +196,12 @@ impl<B: Backing> EnvelopeFs<B> {
 }
 
 fn copy_piece<B: Backing>(
-    from: &OpenFile<B>,
+    from: &Handle<B>,
     at: u64,
-    to: &OpenFile<B>,
+    to: &Handle<B>,
     target: u64,
     buf: &mut [u8],
 ) -> std::result::Result<usize, StoreError> {
-    let read = from.read(at, buf)?;
-    to.write(target, buf.get(..read).unwrap_or_default())
+    let read = from.with_key(|f| f.read(at, buf))?;
+    to.with_key(|f| f.write(target, buf.get(..read).unwrap_or_default()))
 }

@@ -1,4 +1,8 @@
-//! What key providers tell of their calls: for the audit log and the metrics.
+//! What is told of the use of keys: for the audit log and the metrics.
+//!
+//! Three kinds of thing are told, each once: [`Call`], one call to a root key, by whoever calls the provider; [`DekUse`],
+//! one DEK wrapped, unwrapped or moved, by the store, whether its KEK is in this process or in a service; [`Change`],
+//! something that happened to the keys themselves.
 
 use super::{KmsError, WrapContext};
 use std::cell::{Cell, RefCell};
@@ -54,10 +58,136 @@ pub struct Call<'a> {
     pub caller: Option<Caller>,
 }
 
-/// Hears of every call to a root key. Must not call a provider itself.
+/// One file's DEK was wrapped, unwrapped, or moved from one KEK to another, or that was refused.
+#[derive(Debug, Clone)]
+pub struct DekUse<'a> {
+    /// [`Operation::Wrap`], [`Operation::Unwrap`] or [`Operation::Rewrap`].
+    pub operation: Operation,
+    /// `sealed`, or for an external KEK its root key's URI.
+    pub provider: &'a str,
+    pub store: [u8; 16],
+    pub file: [u8; 16],
+    /// The KEK that wraps the DEK; in a rewrap the new one.
+    pub kek: [u8; 16],
+    /// In a rewrap, the KEK that wrapped it before.
+    pub from: Option<[u8; 16]>,
+    /// The key service's own id of the last request this took, if there was one and it gave one.
+    pub request_id: Option<String>,
+    pub latency: Duration,
+    /// The stable code of what went wrong: that of a damage, or `kms-…`.
+    pub result: Result<(), &'a str>,
+    /// `None` for the program's own doing.
+    pub caller: Option<Caller>,
+}
+
+/// What became of a KEK.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KekChange {
+    /// Made, and in the keyring as pending.
+    Created,
+    /// The one that wraps from now on.
+    Activated,
+    /// No longer the one that wraps.
+    Retired,
+    /// A scan of every header proved that none names it.
+    Unused,
+    /// Its wrapped bytes were removed from the keyring.
+    Destroyed,
+    /// It was pending, and was removed without having been used.
+    Discarded,
+}
+
+impl KekChange {
+    /// Its name in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Activated => "activated",
+            Self::Retired => "retired",
+            Self::Unused => "unused",
+            Self::Destroyed => "destroyed",
+            Self::Discarded => "discarded",
+        }
+    }
+}
+
+/// What became of the store as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StoreChange {
+    Mount,
+    Unmount,
+    /// Every key was dropped on request.
+    Lock,
+    /// Keys may be used again.
+    Unlock,
+    /// A key service refuses: no more unwraps.
+    Denied,
+    /// A key service does not answer: what is cached goes on.
+    Offline,
+    /// It answers again.
+    Online,
+}
+
+impl StoreChange {
+    /// Its name in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Mount => "mount",
+            Self::Unmount => "unmount",
+            Self::Lock => "lock",
+            Self::Unlock => "unlock",
+            Self::Denied => "denied",
+            Self::Offline => "offline",
+            Self::Online => "online",
+        }
+    }
+}
+
+/// Something that happened to the keys, after it happened.
+#[derive(Debug, Clone)]
+pub enum Change<'a> {
+    /// To a KEK.
+    Kek { kek: [u8; 16], change: KekChange },
+    /// A root key was added to the keyring, or removed from it.
+    RootKey { id: [u8; 16], uri: &'a str, added: bool },
+    /// A rotation has come so far.
+    Rotation {
+        /// The new KEK, once there is one.
+        target: Option<[u8; 16]>,
+        /// `staged`, `activated`, `resumed`, `sweeping`, `verifying`, `retiring`; at the end `done`, `incomplete`,
+        /// `cancelled` or `failed`.
+        step: &'a str,
+        /// What was done so far, by name.
+        counts: &'a [(&'a str, u64)],
+        /// The stable code of what it failed for.
+        result: Result<(), &'a str>,
+    },
+    /// To the store as a whole. `about`: where, why or by which root key; without secrets.
+    Store { change: StoreChange, about: &'a str },
+}
+
+/// Hears of every use of a key. Must not use one itself, and must not call back into whoever tells it.
 pub trait Observer: Send + Sync {
-    /// A call has ended.
+    /// A call to a root key has ended.
     fn call(&self, c: &Call<'_>);
+
+    /// A DEK was wrapped, unwrapped or moved, or was not.
+    fn dek(&self, u: &DekUse<'_>) {
+        let _ = u;
+    }
+
+    /// Something happened to the keys.
+    fn change(&self, c: &Change<'_>) {
+        let _ = c;
+    }
+
+    /// Whether a DEK may be wrapped or unwrapped now. Asked before each, so it must be quick.
+    ///
+    /// # Errors
+    /// Why not: for instance that nothing could be told of it.
+    fn permit(&self) -> Result<(), KmsError> {
+        Ok(())
+    }
 }
 
 impl std::fmt::Debug for dyn Observer {

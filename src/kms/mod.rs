@@ -139,6 +139,20 @@ impl KmsError {
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::Unreachable(_) | Self::Throttled(_))
     }
+
+    /// Stable code of the class, for reports, logs and the audit log.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Unreachable(_) => "kms-unreachable",
+            Self::Throttled(_) => "kms-throttled",
+            Self::Denied(_) => "kms-denied",
+            Self::Disabled(_) => "kms-disabled",
+            Self::NotFound(_) => "kms-not-found",
+            Self::BadCiphertext(_) => "kms-bad-ciphertext",
+            Self::Credentials(_) => "kms-credentials",
+            Self::Config(_) => "kms-config",
+        }
+    }
 }
 
 /// One root key.

@@ -26,6 +26,19 @@ pub enum State {
 }
 
 impl State {
+    /// Its name in logs and in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Staged => "staged",
+            Self::Sweeping => "sweeping",
+            Self::Verifying => "verifying",
+            Self::Retiring => "retiring",
+            Self::Done => "done",
+            Self::Cancelled => "cancelled",
+            Self::Incomplete => "incomplete",
+        }
+    }
+
     /// Whether a later run should go on with this one's KEK.
     pub fn is_unfinished(self) -> bool {
         self != Self::Done

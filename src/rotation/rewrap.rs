@@ -12,10 +12,11 @@ use crate::format::damage::Damage;
 use crate::format::geometry::{Copy2, SLOT, slot_offset};
 use crate::format::header::{Slot, SlotPair};
 use crate::format::ids::{KekId, StoreId};
+use crate::kms::event::Operation;
 use crate::store::Result;
 use crate::store::StoreError;
 use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, unwrap_slot, wrap_slot};
-use crate::store::keys::KekHandle;
+use crate::store::keys::{KekHandle, Watch};
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
 use std::io;
@@ -194,14 +195,23 @@ fn busy() -> StoreError {
 /// Decides which slot is relied on, and makes the bytes that are to be in both.
 fn plan<B: Backing>(shared: &Shared<B>, target: &KekHandle, pair: &SlotPair) -> Result<Plan> {
     let (copy, slot) = pair.authoritative()?;
-    match unwrap(shared, slot) {
+    shared.keys.permit()?;
+    let watch = shared.keys.watch();
+    let opened = unwrap(shared, slot);
+    match &opened {
+        Ok(_) if slot.kek == target.id() => watch.ended(Operation::Unwrap, slot.file, slot.kek, None, &opened),
+        Ok(_) => {}
+        Err(_) => watch.ended(Operation::Rewrap, slot.file, target.id(), Some(slot.kek), &opened),
+    }
+    match opened {
         Ok(_) if slot.kek == target.id() => Ok(Plan { write: false, slot: copy, bytes: slot.encode() }),
-        Ok(dek) => rewrap(target, slot, &dek, copy),
+        Ok(dek) => rewrap(&watch, target, slot, &dek, copy),
         // The slot that counts does not open. The other one holds the same DEK: if that opens, it is what is relied on.
         Err(first @ StoreError::Damage(_)) => {
             let Ok(other) = pair.get(copy.other()) else { return Err(first) };
+            let watch = shared.keys.watch();
             match unwrap(shared, other) {
-                Ok(dek) if other.file == slot.file => rewrap(target, other, &dek, copy.other()),
+                Ok(dek) if other.file == slot.file => rewrap(&watch, target, other, &dek, copy.other()),
                 _ => Err(first),
             }
         }
@@ -214,10 +224,11 @@ fn unwrap<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Dek> {
     unwrap_slot(&*shared.keys.kek(slot.kek)?, slot)
 }
 
-fn rewrap(target: &KekHandle, slot: &Slot, dek: &Dek, relied_on: Copy2) -> Result<Plan> {
+fn rewrap(watch: &Watch<'_>, target: &KekHandle, slot: &Slot, dek: &Dek, relied_on: Copy2) -> Result<Plan> {
     let sequence = slot.sequence.checked_add(1).ok_or(Damage::Malformed)?;
-    let new = wrap_slot(target, slot, dek, sequence)?;
-    Ok(Plan { write: true, slot: relied_on.other(), bytes: new.encode() })
+    let new = wrap_slot(target, slot, dek, sequence);
+    watch.ended(Operation::Rewrap, slot.file, target.id(), Some(slot.kek), &new);
+    Ok(Plan { write: true, slot: relied_on.other(), bytes: new?.encode() })
 }
 
 fn put(slots: &mut Slots, copy: Copy2, bytes: &[u8; SLOT]) {

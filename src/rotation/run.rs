@@ -15,6 +15,7 @@ use crate::backing::Backing;
 use crate::format::damage::Damage;
 use crate::format::ids::KekId;
 use crate::format::keyring::KekState;
+use crate::kms::event::Change;
 use crate::store::shared::Shared;
 use crate::store::{Result, StoreError};
 use parking_lot::Mutex;
@@ -54,7 +55,14 @@ pub fn run<B: Backing>(
         return Err(StoreError::ReadOnly);
     }
     let mut run = Run::new(ctx, options, progress, control);
-    if options.dry_run { run.count_only() } else { run.rotate() }
+    if options.dry_run {
+        return run.count_only();
+    }
+    let ended = run.rotate();
+    if let Err(e) = &ended {
+        run.tell("failed", Err(&e.code()));
+    }
+    ended
 }
 
 struct Run<'a, B: Backing> {
@@ -158,6 +166,7 @@ impl<'a, B: Backing> Run<'a, B> {
             Begin::Resume(target) => {
                 self.resumed = true;
                 self.target = Some(target);
+                self.tell("resumed", Ok(()));
                 if let Some(l) = self.journal.borrow().last().filter(|l| l.target == target) {
                     self.started = l.started;
                 }
@@ -168,6 +177,7 @@ impl<'a, B: Backing> Run<'a, B> {
                 self.target = Some(target);
                 self.enter(State::Staged, target, b"");
                 keys.activate(b, target)?;
+                self.tell("activated", Ok(()));
                 Ok(target)
             }
         }
@@ -316,8 +326,25 @@ impl<'a, B: Backing> Run<'a, B> {
 
     fn enter(&mut self, state: State, target: KekId, cursor: &[u8]) {
         self.state = state;
+        self.tell(state.as_str(), Ok(()));
         self.journal.borrow_mut().note(state, target, self.started, self.files, cursor);
         self.show(Counts::default(), Instant::now(), false);
+    }
+
+    /// Tells the keys' observer how far the run is, with what its sweeps have done so far.
+    fn tell(&self, step: &str, result: std::result::Result<(), &str>) {
+        let c = &self.swept;
+        let counts = [
+            ("scanned", c.scanned),
+            ("rewrapped", c.rewrapped),
+            ("current", c.current),
+            ("empty", c.empty),
+            ("vanished", c.vanished),
+            ("failed", c.failed),
+            ("failures_total", self.failures_total),
+        ];
+        let target = self.target.map(|k| k.0);
+        self.ctx.shared.keys.tell(&Change::Rotation { target, step, counts: &counts, result });
     }
 
     fn show(&self, counts: Counts, pass_began: Instant, waiting: bool) {

@@ -68,14 +68,7 @@ impl StoreError {
     pub fn code(&self) -> String {
         let code = match self {
             Self::Damage(d) => d.code(),
-            Self::Kms(KmsError::Unreachable(_)) => "kms-unreachable",
-            Self::Kms(KmsError::Throttled(_)) => "kms-throttled",
-            Self::Kms(KmsError::Denied(_)) => "kms-denied",
-            Self::Kms(KmsError::Disabled(_)) => "kms-disabled",
-            Self::Kms(KmsError::NotFound(_)) => "kms-not-found",
-            Self::Kms(KmsError::BadCiphertext(_)) => "kms-bad-ciphertext",
-            Self::Kms(KmsError::Credentials(_)) => "kms-credentials",
-            Self::Kms(KmsError::Config(_)) => "kms-config",
+            Self::Kms(e) => e.code(),
             Self::Backing(e) => return errno_code(e),
             Self::NotFound => "ENOENT",
             Self::ReadOnly => "EROFS",

@@ -17,6 +17,7 @@ use crate::format::geometry::SLOT;
 use crate::format::header::{Slot, SlotPair};
 use crate::format::ids::FileId;
 use crate::kms::WRAPPED_MAX;
+use crate::kms::event::Operation;
 use std::sync::Arc;
 
 /// Bytes of both slots.
@@ -85,7 +86,11 @@ fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Arc<Dek>
         slot.verify(&dek)?;
         return Ok(dek);
     }
-    let dek = Arc::new(unwrap_slot(&*shared.keys.kek(slot.kek)?, slot)?);
+    shared.keys.permit()?;
+    let watch = shared.keys.watch();
+    let opened = shared.keys.kek(slot.kek).and_then(|kek| unwrap_slot(&kek, slot));
+    watch.ended(Operation::Unwrap, slot.file, slot.kek, None, &opened);
+    let dek = Arc::new(opened?);
     shared.deks.put(slot.file, Arc::clone(&dek));
     Ok(dek)
 }
@@ -128,7 +133,7 @@ pub fn wrap_slot(kek: &KekHandle, slot: &Slot, dek: &Dek, sequence: u64) -> Resu
 /// KEK is active, no header under the old one can still be on its way to disk.
 ///
 /// # Errors
-/// The key service's, and those of `write`.
+/// The key service's, those of [`Keys::permit`](super::keys::Keys::permit), and those of `write`.
 pub fn with_new_header<B: Backing, R>(
     shared: &Shared<B>,
     write: impl FnOnce(Arc<Dek>, &Slot) -> Result<R>,
@@ -136,8 +141,12 @@ pub fn with_new_header<B: Backing, R>(
     let dek = Arc::new(Dek::random());
     let file = FileId::random();
     let plain = Slot::new(shared.keys.store_id(), file, &dek);
+    shared.keys.permit()?;
     shared.keys.with_active(|kek| {
-        let slot = wrap_slot(kek, &plain, &dek, 1)?;
+        let watch = shared.keys.watch();
+        let wrapped = wrap_slot(kek, &plain, &dek, 1);
+        watch.ended(Operation::Wrap, file, kek.id(), None, &wrapped);
+        let slot = wrapped?;
         let r = write(Arc::clone(&dek), &slot)?;
         shared.deks.put(file, Arc::clone(&dek));
         Ok(r)

@@ -10,6 +10,7 @@
 mod change;
 mod disk;
 mod handle;
+mod observe;
 mod refresh;
 mod roots;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod tests;
 pub use crate::format::keyring::{KekKind, KekState};
 pub use disk::{BadCopy, COPIES, FOLDER};
 pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
+pub use observe::Watch;
 pub use refresh::RefreshedRoot;
 pub use roots::PassedOver;
 
@@ -27,12 +29,13 @@ use crate::format::codec::Malformed;
 use crate::format::damage::Damage;
 use crate::format::ids::{KekId, RootKeyId, StoreId};
 use crate::format::keyring::{INCOMPAT_PLAINTEXT_NAMES, KekRecord, Keyring, RootKeyRecord};
+use crate::kms::event::Observer;
 use crate::kms::{KeyProvider, recovery};
 use crate::store::{Result, StoreError};
 use parking_lot::{Mutex, RwLock};
 use roots::{Connected, Object, Opened};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What a store is made with and keeps for ever.
@@ -62,6 +65,8 @@ pub struct Keys {
     update: Mutex<()>,
     damaged: Vec<BadCopy>,
     passed_over: Vec<PassedOver>,
+    /// Who is told what becomes of keys.
+    observer: OnceLock<Arc<dyn Observer>>,
 }
 
 impl std::fmt::Debug for Keys {
@@ -260,6 +265,7 @@ impl Keys {
             update: Mutex::new(()),
             damaged: Vec::new(),
             passed_over: Vec::new(),
+            observer: OnceLock::new(),
         })
     }
 

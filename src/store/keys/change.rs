@@ -10,6 +10,7 @@ use crate::format::damage::Damage;
 use crate::format::ids::{KekId, RootKeyId};
 use crate::format::keyring::{KekKind, KekState, Keyring, RootKeyRecord};
 use crate::kms::KeyProvider;
+use crate::kms::event::{Change, KekChange};
 use crate::store::{Result, StoreError};
 use std::sync::Arc;
 
@@ -66,6 +67,9 @@ impl Keys {
         s.ring = ring;
         s.opened.handles.insert(handle.id(), handle.clone());
         targets.into_iter().filter(|c| !c.wraps_only()).for_each(|c| connect(&mut s.connected, c));
+        drop(s);
+        added.iter().for_each(|c| self.tell_root(c.id));
+        self.tell_kek(handle.id(), KekChange::Created);
         Ok(handle.id())
     }
 
@@ -99,8 +103,11 @@ impl Keys {
         let ring = self.commit(b, ring, &[])?;
         active.set_may_wrap(false);
         handle.set_may_wrap(true);
-        *active = handle;
+        let old = std::mem::replace(&mut *active, handle);
         self.state.write().ring = ring;
+        drop(active);
+        self.tell_kek(old.id(), KekChange::Retired);
+        self.tell_kek(id, KekChange::Activated);
         Ok(())
     }
 
@@ -119,7 +126,9 @@ impl Keys {
             Some(k) if k.unused == 0 => k.unused = now().max(1),
             _ => return Ok(()),
         }
-        self.adopt(b, ring, &[])
+        self.adopt(b, ring, &[])?;
+        self.tell_kek(id, KekChange::Unused);
+        Ok(())
     }
 
     /// Destroys the retired KEK `id`: its wrapped bytes are in neither copy of the keyring any more, and it is
@@ -142,14 +151,20 @@ impl Keys {
                 return refuse(format!("KEK {id} is not retired: rotate to another one first"));
             }
         }
+        let mut is_news = false;
         if let Some(k) = ring.kek_mut(id).filter(|k| k.state != KekState::Destroyed) {
             (k.state, k.destroyed) = (KekState::Destroyed, now());
             k.wraps.clear();
+            is_news = true;
         }
         self.adopt(b, ring, &[])?;
         let mut s = self.state.write();
         s.opened.handles.remove(&id);
         s.opened.unusable.remove(&id);
+        drop(s);
+        if is_news {
+            self.tell_kek(id, KekChange::Destroyed);
+        }
         Ok(())
     }
 
@@ -168,6 +183,8 @@ impl Keys {
         let mut s = self.state.write();
         s.opened.handles.remove(&id);
         s.opened.unusable.remove(&id);
+        drop(s);
+        self.tell_kek(id, KekChange::Discarded);
         Ok(())
     }
 
@@ -191,6 +208,7 @@ impl Keys {
         if !c.wraps_only() {
             connect(&mut self.state.write().connected, c);
         }
+        self.tell_root(id);
         Ok(id)
     }
 
@@ -203,9 +221,9 @@ impl Keys {
     pub fn remove_root_key<B: Backing>(&self, b: &B, id: RootKeyId) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
-        if ring.root(id).is_none() {
+        let Some(uri) = ring.root(id).map(|r| r.uri.clone()) else {
             return refuse(format!("{id} is not a root key of this store"));
-        }
+        };
         if ring.roots.len() == 1 {
             return refuse("this is the last root key: add another one first");
         }
@@ -234,7 +252,14 @@ impl Keys {
         ring.keks.iter_mut().for_each(|k| k.wraps.retain(|w| w.root != id));
         self.adopt(b, ring, &self.everything(heir, &live))?;
         self.state.write().connected.retain(|c| c.id != id);
+        self.tell(&Change::RootKey { id: id.0, uri: &uri, added: false });
         Ok(())
+    }
+
+    /// Tells of a root key that was added.
+    fn tell_root(&self, id: RootKeyId) {
+        let uri = self.state.read().ring.root(id).map(|r| r.uri.clone()).unwrap_or_default();
+        self.tell(&Change::RootKey { id: id.0, uri: &uri, added: true });
     }
 
     /// Takes a root key of this store to hand, for changes that need it.

@@ -27,6 +27,9 @@ fn advice(kind: FaultKind, subject: &str) -> String {
         FaultKind::Damage => {
             format!("look closer with: envelopefs check --deep {s}; restore what it names from a backup")
         }
+        FaultKind::AuditLog => {
+            "keep the log as it is, and compare it with a copy or a head that was noted before".into()
+        }
         FaultKind::RotationIncomplete => format!("what is done stays done; finish it with: envelopefs rotate {s}"),
         FaultKind::NotMounted => "mount it first with: envelopefs mount BACKING MOUNTPOINT".into(),
         FaultKind::MountPoint => "use an existing directory outside the backing directory".into(),

@@ -29,6 +29,11 @@ pub enum Command {
     Key(KeyCommand),
     /// Look for damage
     Check(CheckArgs),
+    /// Check an audit log
+    #[command(subcommand)]
+    Audit(AuditCommand),
+    /// Print the figures of a mounted store for monitoring, as Prometheus text
+    Metrics(MetricsArgs),
     /// Say in words what the header of a file in the backing directory holds; needs no key
     Inspect(InspectArgs),
     /// Measure the ciphers on this machine
@@ -159,6 +164,12 @@ pub struct MountArgs {
     /// Log what is at least this grave: error, warn, info, debug, trace
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<tracing::Level>,
+    /// Write a line for each use and change of keys to FILE; {store} in it stands for the store's id
+    #[arg(long, value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
+    /// Serve metrics over HTTP at ADDR, such as 127.0.0.1:9464; loopback addresses only
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<String>,
     /// FUSE threads
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
@@ -305,6 +316,37 @@ pub struct CheckArgs {
     /// One JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Say whether an audit log is whole, and with --store whether this store's key sealed it
+    Verify(AuditVerifyArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct AuditVerifyArgs {
+    /// The log; several files of one log in their order, oldest first
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
+    /// Check the seals with this store's key: through its daemon if it is mounted, else with its root keys
+    #[arg(long, value_name = "MOUNTPOINT|BACKING")]
+    pub store: Option<PathBuf>,
+    /// The hash of a record that must be in it, as an earlier check told it: nothing before it was cut off
+    #[arg(long, value_name = "HASH")]
+    pub expect_head: Option<String>,
+    #[command(flatten)]
+    pub key: KeySource,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct MetricsArgs {
+    /// Mount point, or backing directory of a mounted store
+    #[arg(value_name = "MOUNTPOINT|BACKING")]
+    pub target: PathBuf,
 }
 
 #[derive(Debug, Args)]

@@ -1,5 +1,6 @@
 //! The configuration file: TOML, unknown keys refused. `config.example.toml` shows every key; a test parses it.
 
+use crate::daemon::audit::OnError;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::process;
 use crate::kms::services::Services;
@@ -29,6 +30,13 @@ pub struct Defaults {
     /// FUSE threads.
     pub threads: Option<u16>,
     pub dek_cache: DekCacheConfig,
+    /// `{store}` in it stands for the store's id.
+    pub audit_log: Option<PathBuf>,
+    pub audit_on_error: Option<OnError>,
+    /// Milliseconds until what was written to the audit log is durable; 0: at once.
+    pub audit_fsync_ms: Option<u64>,
+    /// Where a mounted store's metrics are served.
+    pub metrics_listen: Option<String>,
 }
 
 /// `dek_cache`: how long file keys stay in memory after their last use.
@@ -68,6 +76,12 @@ pub struct StoreConfig {
     pub log_file: Option<PathBuf>,
     #[serde(default)]
     pub threads: Option<u16>,
+    #[serde(default)]
+    pub audit_log: Option<PathBuf>,
+    #[serde(default)]
+    pub audit_on_error: Option<OnError>,
+    #[serde(default)]
+    pub metrics_listen: Option<String>,
 }
 
 impl Config {
@@ -130,7 +144,10 @@ mod tests {
         let s = &c.store["home"];
         assert!(s.mountpoint.is_some() && !s.keys.is_empty() && !s.options.is_empty());
         assert!(c.defaults.dek_cache.entries.is_some() && c.defaults.threads.is_some());
-        for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"] {
+        for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"]
+            .iter()
+            .chain(&["audit_log", "audit_on_error", "audit_fsync_ms", "metrics_listen"])
+        {
             assert!(text.contains(key), "{key}");
         }
         let gcp = ["endpoint", "allow_http", "credentials_file", "anonymous", "quota_project"];

@@ -1,14 +1,16 @@
 //! `key add`, `key remove` and `key refresh`: root keys of the keyring, through the daemon if the store is mounted.
 
 use super::args::{AccessArgs, KeyCommand, OpenKeys};
+use super::config::Config;
 use super::place::Place;
-use super::{output, recovery, root_keys, status};
+use super::{audit, output, recovery, root_keys, status};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
+use crate::daemon::observed::Observed;
 use crate::daemon::open;
 use crate::daemon::protocol::{RefreshReport, Reply, Request, RootRefresh};
 use crate::format::ids::RootKeyId;
-use crate::kms::{self, KeyProvider};
+use crate::kms::{self, ConnectOptions, KeyProvider, guard};
 use crate::store::StoreError;
 use crate::store::keys::Keys;
 use std::path::Path;
@@ -45,10 +47,10 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys)
         let passphrase = root_keys::passphrase_for(&uris, &new)?;
         c.ask(&Request::KeyAdd { uri: uri.to_string(), passphrase }, |_| {})?;
     } else {
-        let (keys, _lock) = opened(place, old)?;
+        let (_lock, observed, keys) = opened(place, old)?;
         for u in &uris {
-            let provider = kms::connect(u, &root_keys::connect_options(&new)?, true)
-                .map_err(|e| Fault::kms(&u.to_string(), &e))?;
+            let connect = observed.connect(&root_keys::connect_options(&new)?);
+            let provider = kms::connect(u, &connect, true).map_err(|e| Fault::kms(&u.to_string(), &e))?;
             keys.add_root_key(&place.posix, &provider).map_err(|e| Fault::store(&place.backing, &e))?;
         }
     }
@@ -59,7 +61,8 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys)
 /// open the store, and taken out again if it cannot be shown.
 fn add_recovery(place: &Place, old: &OpenKeys) -> Result<(), Fault> {
     let (key, text) = recovery::new()?;
-    let uri = key.uri().to_string();
+    let parsed = key.uri().clone();
+    let uri = parsed.to_string();
     let key: Arc<dyn KeyProvider> = key;
     if let Some(c) = place.connect()? {
         c.ask(&Request::KeyAdd { uri: uri.clone(), passphrase: None }, |_| {})?;
@@ -71,8 +74,9 @@ fn add_recovery(place: &Place, old: &OpenKeys) -> Result<(), Fault> {
             recovery::not_shown(&f, taken_out)
         });
     }
-    let (keys, _lock) = opened(place, old)?;
+    let (_lock, observed, keys) = opened(place, old)?;
     let fail = |e: StoreError| Fault::store(&place.backing, &e);
+    let key = guard::around(key, &parsed, &observed.connect(&ConnectOptions::default()));
     let id = keys.add_root_key(&place.posix, &key).map_err(fail)?;
     output::print(&format!("added root key {uri}\n"))
         .and_then(|()| recovery::show(&text))
@@ -94,7 +98,7 @@ fn refresh(place: &Place, dry_run: bool, json: bool, old: &OpenKeys) -> Result<(
             _ => return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
         },
         None => {
-            let (keys, _lock) = opened(place, old)?;
+            let (_lock, _observed, keys) = opened(place, old)?;
             let roots = keys.refresh(&place.posix, dry_run).map_err(|e| Fault::store(&place.backing, &e))?;
             RefreshReport::new(dry_run, keys.snapshot().generation, roots)
         }
@@ -132,18 +136,24 @@ fn remove(place: &Place, which: &str, old: &OpenKeys) -> Result<(), Fault> {
     match place.connect()? {
         Some(c) => drop(c.ask(&Request::KeyRemove { id: id.to_string() }, |_| {})?),
         None => {
-            let (keys, _lock) = opened(place, old)?;
+            let (_lock, _observed, keys) = opened(place, old)?;
             keys.remove_root_key(&place.posix, id).map_err(|e| Fault::store(&place.backing, &e))?;
         }
     }
     output::print(&format!("removed root key {which}\n"))
 }
 
-/// The keyring, with the lock under which it may be changed.
-fn opened(place: &Place, old: &OpenKeys) -> Result<(Keys, VolumeLock), Fault> {
+/// The lock under which the keyring may be changed, who hears of that, and the keyring: to be dropped in reverse order.
+fn opened(place: &Place, old: &OpenKeys) -> Result<(VolumeLock, Observed, Keys), Fault> {
     let lock = VolumeLock::take(&place.backing, "key")?;
-    let keys = root_keys::open(&place.posix, &old.open_keys, &root_keys::opening(&old.access, &old.recovery)?)?;
-    Ok((keys, lock))
+    let config = Config::load(old.access.config.as_deref())?;
+    let observed = Observed::start(audit::options_of(&config, &place.backing)?.as_ref(), place.keyring.store)?;
+    let recovery = root_keys::recovery_source(&old.recovery);
+    let connect = ConnectOptions { recovery, ..root_keys::connect_with(&old.access, &config) };
+    let keys = root_keys::open(&place.posix, &old.open_keys, &observed.connect(&connect))
+        .inspect_err(|f| observed.refused("root-key", &place.backing, f))?;
+    observed.opened(&keys);
+    Ok((lock, observed, keys))
 }
 
 /// The root key named by its id or its URI.

@@ -2,6 +2,7 @@
 
 pub mod advice;
 pub mod args;
+pub mod audit;
 pub mod check;
 pub mod config;
 pub mod exit;
@@ -9,6 +10,7 @@ pub mod generate;
 pub mod init;
 pub mod inspect;
 pub mod key;
+pub mod metrics;
 pub mod mount;
 pub mod options;
 pub mod output;
@@ -72,6 +74,8 @@ fn run(c: Command, after: &[OsString]) -> Result<Exit, Fault> {
         Command::Rotate(a) => rotate::run(&a),
         Command::Key(c) => key::run(&c),
         Command::Check(a) => check::run(&a),
+        Command::Audit(args::AuditCommand::Verify(a)) => audit::verify(&a),
+        Command::Metrics(a) => metrics::run(&a),
         Command::Inspect(a) => inspect::run(&a),
         Command::Speed(a) => speed::run(&a),
         Command::Completions { shell } => generate::completions(shell),
@@ -95,6 +99,8 @@ fn subject(c: &Command) -> String {
         Command::Key(args::KeyCommand::Remove { target, .. }) => p(target),
         Command::Key(args::KeyCommand::Refresh { target, .. }) => p(target),
         Command::Check(a) => p(&a.backing),
+        Command::Audit(args::AuditCommand::Verify(a)) => a.store.as_deref().map(p).unwrap_or_default(),
+        Command::Metrics(a) => p(&a.target),
         Command::Inspect(a) => p(&a.file),
         // mount(8) says what to mount first.
         Command::MountHelper { args } => args.first().cloned().unwrap_or_default(),

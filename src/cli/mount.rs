@@ -5,8 +5,9 @@ use super::args::MountArgs;
 use super::config::{Config, StoreConfig};
 use super::exit::Exit;
 use super::options::{self, Helper, Options};
-use super::root_keys;
+use super::{audit, root_keys};
 use crate::daemon::fault::{Fault, FaultKind, plain};
+use crate::daemon::metrics::listen;
 use crate::daemon::ready::Sender;
 use crate::daemon::run::{self, Plan};
 use crate::daemon::{log, mounts, spawn};
@@ -112,6 +113,12 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
         None if background => log::Target::System,
         None => log::Target::Stderr,
     };
+    let audit = audit::options(a.audit_log.as_deref(), &config, table)?;
+    if let Some(o) = &audit {
+        audit::refuse_inside(&o.path, &[&mountpoint, &backing])?;
+    }
+    let metrics = a.metrics_listen.as_ref().or(d.metrics_listen.as_ref());
+    let metrics = metrics.map(|at| listen::address(at)).transpose()?;
     let mut mount = MountOptions::new(mountpoint);
     mount.read_only = a.read_only || o.read_only == Some(true);
     mount.allow_other = a.allow_other || o.allow_other;
@@ -133,6 +140,8 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
         log,
         log_level: level,
         background,
+        audit,
+        metrics,
     })
 }
 
@@ -156,6 +165,8 @@ fn ours(a: &mut MountArgs, o: &mut Options) -> Result<(), Fault> {
             "config" => a.key.access.config = a.key.access.config.take().or(path()),
             "log_file" => a.log_file = a.log_file.take().or(path()),
             "log_level" => a.log_level = Some(level(&value)?),
+            "audit_log" => a.audit_log = a.audit_log.take().or(path()),
+            "metrics_listen" => a.metrics_listen = a.metrics_listen.take().or(Some(value)),
             _ => {
                 let n = value.parse().ok().filter(|n| (1..=256).contains(n));
                 let bad = || Fault::new(FaultKind::Usage, format!("mount option {name}={value} is not valid"));
@@ -191,6 +202,7 @@ fn merge(a: &mut MountArgs, o: &mut Options, t: &StoreConfig) -> Result<(), Faul
     }
     a.log_file = a.log_file.take().or_else(|| t.log_file.clone());
     a.threads = a.threads.or(t.threads);
+    a.metrics_listen = a.metrics_listen.take().or_else(|| t.metrics_listen.clone());
     Ok(())
 }
 

@@ -12,7 +12,7 @@ pub struct Options {
     /// For the kernel.
     pub pass: Vec<String>,
     /// Ours, with their values, in order: `key`, `passphrase_file`, `passphrase_command`, `config`, `log_file`,
-    /// `log_level`, `threads`.
+    /// `log_level`, `audit_log`, `metrics_listen`, `threads`.
     pub ours: Vec<(String, String)>,
 }
 
@@ -54,7 +54,17 @@ const IGNORED: [&str; 13] = [
     "silent",
     "loud",
 ];
-const OURS: [&str; 7] = ["key", "passphrase_file", "passphrase_command", "config", "log_file", "log_level", "threads"];
+const OURS: [&str; 9] = [
+    "key",
+    "passphrase_file",
+    "passphrase_command",
+    "config",
+    "log_file",
+    "log_level",
+    "audit_log",
+    "metrics_listen",
+    "threads",
+];
 
 /// Reads a list of options, already split at commas.
 ///

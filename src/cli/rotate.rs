@@ -1,13 +1,16 @@
 //! `rotate`: through the daemon if the store is mounted, here if it is not.
 
 use super::args::RotateArgs;
+use super::config::Config;
 use super::place::Place;
 use super::progress::Meter;
-use super::{output, root_keys};
+use super::{audit, output, root_keys};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
+use crate::daemon::observed::Observed;
 use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState};
 use crate::daemon::{open, rotate};
+use crate::kms::ConnectOptions;
 use crate::rotation::{Control, Options, Outcome, Progress, Report, State, Status};
 use crate::store::{Store, StoreOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -86,13 +89,19 @@ fn ended(s: RotationState, a: &RotateArgs) -> Result<(), Fault> {
 fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
     let _lock = VolumeLock::take(&place.backing, "rotate")?;
-    let connect = root_keys::opening(&a.open.access, &a.open.recovery)?;
+    let config = Config::load(a.open.access.config.as_deref())?;
+    let observed = Observed::start(audit::options_of(&config, &place.backing)?.as_ref(), place.keyring.store)?;
+    let recovery = root_keys::recovery_source(&a.open.recovery);
+    let connect = ConnectOptions { recovery, ..root_keys::connect_with(&a.open.access, &config) };
     let b = open::backing(&place.backing)?;
-    let keys = root_keys::open(&b, &a.open.open_keys, &connect)?;
+    let keys = root_keys::open(&b, &a.open.open_keys, &observed.connect(&connect))
+        .inspect_err(|f| observed.refused("rotate", &place.backing, f))?;
+    observed.opened(&keys);
     let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.access);
+    let new = observed.connect(&root_keys::connect_with(&new, &config));
     let options = Options {
         kek: a.kek.map(Into::into),
-        root: root_keys::for_new_kek(&open::parse(&a.keys)?, &root_keys::connect_options(&new)?)?,
+        root: root_keys::for_new_kek(&open::parse(&a.keys)?, &new)?,
         rate: a.rate,
         jobs: a.jobs,
         patience: Duration::from_secs(a.patience),
@@ -107,6 +116,7 @@ fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
     let report = rotate::offline(&store, &options, &Shown(&meter), &control);
     meter.end();
     let closed = store.close();
+    observed.end();
     let report = report.map_err(|e| fail(&e))?;
     closed.map_err(|e| fail(&e))?;
     finish(&report, a)

@@ -1,9 +1,14 @@
 //! What the daemon does for its clients.
 
+use super::audit::line::{Seal, SealKey, hash_from, hex};
 use super::fault::{Fault, FaultKind};
 use super::job::Job;
+use super::metrics::source::Source;
+use super::observed::Observed;
 use super::open;
-use super::protocol::{CacheStatus, DaemonStatus, Hidden, RefreshReport, Reply, Request, RotateRequest};
+use super::protocol::{
+    AuditHead, CacheStatus, DaemonStatus, Hidden, RefreshReport, Reply, Request, RotateRequest, SealToCheck,
+};
 use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
@@ -27,6 +32,8 @@ pub struct Control {
     /// Where key services are, for new root keys.
     pub services: Services,
     pub started: Instant,
+    pub observed: Arc<Observed>,
+    pub metrics: Arc<Source>,
 }
 
 impl Handler for Control {
@@ -41,6 +48,9 @@ impl Handler for Control {
             Request::KeyAdd { uri, passphrase } => self.key_add(&uri, passphrase.as_ref()).map(|()| Reply::Done),
             Request::KeyRemove { id } => self.key_remove(&id).map(|()| Reply::Done),
             Request::KeyRefresh { dry_run } => self.key_refresh(dry_run).map(Reply::Refreshed),
+            Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
+            Request::AuditHead => Ok(Reply::AuditHead(self.audit_head())),
+            Request::AuditSeals { seals } => Ok(Reply::AuditSeals(self.genuine(&seals))),
         };
         client.send(&reply.unwrap_or_else(Reply::Failed))
     }
@@ -68,6 +78,21 @@ impl Control {
             },
             rotation: self.job.state(),
         }
+    }
+
+    /// Where the audit log is, after all of it was written.
+    fn audit_head(&self) -> Option<AuditHead> {
+        let log = self.observed.audit.as_ref()?;
+        let h = log.checkpoint()?;
+        let path = log.path().display().to_string();
+        Some(AuditHead { path, seq: h.chain.seq, head: hex(&h.chain.head), trouble: h.trouble })
+    }
+
+    /// Which of `seals` were made with this store's key. Tells nobody how to make one.
+    fn genuine(&self, seals: &[SealToCheck]) -> Vec<bool> {
+        let key = SealKey::of(self.store.shared().keys.secret());
+        let read = |s: &SealToCheck| Some(Seal { digest: hash_from(&s.digest)?, mac: hash_from(&s.mac)? });
+        seals.iter().map(|s| read(s).is_some_and(|s| key.is_genuine(&s))).collect()
     }
 
     fn rotate(&self, r: &RotateRequest, client: &mut Client) -> io::Result<()> {
@@ -125,7 +150,7 @@ impl Control {
     ) -> Result<Arc<dyn KeyProvider>, Fault> {
         let fixed = passphrase.map(|p| PassphraseSource::Fixed(Zeroizing::new(p.expose().as_bytes().to_vec())));
         let o = ConnectOptions { passphrase: fixed, services: self.services.clone(), ..Default::default() };
-        crate::kms::connect(uri, &o, create).map_err(|e| Fault::kms(&uri.to_string(), &e))
+        crate::kms::connect(uri, &self.observed.connect(&o), create).map_err(|e| Fault::kms(&uri.to_string(), &e))
     }
 
     /// What a run is asked to do.

@@ -25,6 +25,8 @@ pub enum FaultKind {
     Locked,
     /// Stored bytes are damaged.
     Damage,
+    /// An audit log is not whole, or not what the store's key sealed.
+    AuditLog,
     /// A rotation was stopped or could not move every file.
     RotationIncomplete,
     /// Nothing of ours is mounted there.

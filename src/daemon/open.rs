@@ -5,7 +5,7 @@ use super::lazy_key::LazyKey;
 use crate::backing::posix::Posix;
 use crate::format::keyring::Keyring;
 use crate::kms::recovery::{RecoveryKey, is_recovery};
-use crate::kms::{ConnectOptions, KeyProvider, RootKeyUri, Scheme};
+use crate::kms::{ConnectOptions, KeyProvider, RootKeyUri, Scheme, guard};
 use crate::store::keys::Keys;
 use std::path::Path;
 use std::sync::Arc;
@@ -62,7 +62,9 @@ fn recovery_key(ring: &Keyring, o: &ConnectOptions) -> Result<Option<Arc<dyn Key
     if !ring.roots.iter().any(|r| r.uri == key.uri().to_string()) {
         return Err(Fault::new(FaultKind::WrongKey, "the recovery key is well-formed, but not this store's"));
     }
-    Ok(Some(Arc::new(key)))
+    let uri = key.uri().clone();
+    // Its use is told and counted like any other root key's.
+    Ok(Some(guard::around(Arc::new(key), &uri, o)))
 }
 
 /// Root key URIs given by the user. A recovery key is never named: it is made by `key add` or `init`, and entered.

@@ -43,6 +43,26 @@ pub enum Request {
         /// Look only.
         dry_run: bool,
     },
+    /// Figures for monitoring, as Prometheus text.
+    Metrics,
+    /// Write the audit log out, seal it, and say where it is.
+    AuditHead,
+    /// Which of these seals of an audit log were made with the store's key.
+    AuditSeals {
+        seals: Vec<SealToCheck>,
+    },
+}
+
+/// Most seals in one request.
+pub const SEALS_MAX: usize = 4096;
+
+/// A seal of an audit log, in hexadecimal digits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SealToCheck {
+    /// SHA-256 of what is signed.
+    pub digest: String,
+    pub mac: String,
 }
 
 /// How a rotation is to be done.
@@ -111,9 +131,25 @@ pub enum Reply {
     Rotation(Box<RotationState>),
     /// What became of each root key.
     Refreshed(RefreshReport),
+    Metrics(String),
+    /// The audit log's file and the hash of its last line; `None` if the store is mounted without one.
+    AuditHead(Option<AuditHead>),
+    /// For each seal, whether it is genuine.
+    AuditSeals(Vec<bool>),
     /// Done; nothing to tell.
     Done,
     Failed(Fault),
+}
+
+/// Where the daemon's audit log is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditHead {
+    pub path: String,
+    pub seq: u64,
+    /// Hash of the last line.
+    pub head: String,
+    /// Why nothing more gets there.
+    pub trouble: Option<String>,
 }
 
 /// What only the daemon knows about a mounted store. Part of `status --json`.
@@ -249,12 +285,21 @@ mod tests {
             Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("p w".into())) },
             Request::KeyRemove { id: "ab".into() },
             Request::KeyRefresh { dry_run: true },
+            Request::AuditSeals { seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
         ] {
             let mut b = Vec::new();
             send(&mut b, &r).unwrap();
             assert_eq!(b.iter().filter(|c| **c == b'\n').count(), 1);
             assert_eq!(receive::<Request>(&mut &b[..]).unwrap(), Some(r));
         }
+    }
+
+    #[test]
+    fn the_longest_list_of_seals_fits_into_a_line() {
+        let seal = SealToCheck { digest: "a".repeat(64), mac: "b".repeat(64) };
+        let mut b = Vec::new();
+        send(&mut b, &Request::AuditSeals { seals: vec![seal; SEALS_MAX] }).unwrap();
+        assert!((b.len() as u64) < LINE_MAX);
     }
 
     #[test]

@@ -4,17 +4,22 @@ use super::control::Control;
 use super::fault::{Fault, FaultKind, plain};
 use super::job::Job;
 use super::lock::VolumeLock;
+use super::metrics::listen;
+use super::metrics::source::Source;
+use super::observed::Observed;
 use super::ready::Sender;
 use super::server::{Server, open_dir};
-use super::{log, mounts, open, runtime_dir, spawn};
+use super::{audit, log, mounts, open, runtime_dir, spawn};
 use crate::backing::posix::Posix;
 use crate::fuse::{self, MountOptions, Unmounter};
 use crate::kms::ConnectOptions;
+use crate::kms::event::StoreChange;
 use crate::store::dek_cache::DekCacheLimits;
 use crate::store::{Store, StoreOptions};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender as StopSender, channel};
@@ -46,6 +51,10 @@ pub struct Plan {
     pub log_level: tracing::Level,
     /// Leave the terminal once mounted.
     pub background: bool,
+    /// The audit log, if there is to be one.
+    pub audit: Option<audit::Options>,
+    /// Where metrics are served, if anywhere: a loopback address.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Mounts, tells `ready` (and systemd), serves until unmounted, and closes the store.
@@ -55,8 +64,11 @@ pub struct Plan {
 pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     let lock = take_lock(&plan.backing)?;
     let b = open::backing(&plan.backing)?;
+    let observed = Arc::new(Observed::start(plan.audit.as_ref(), open::keyring(&b)?.store)?);
     // The last thing that may need the terminal and the working directory.
-    let keys = open::keys(&b, &plan.keys, &plan.connect)?;
+    let keys = open::keys(&b, &plan.keys, &observed.connect(&plan.connect))
+        .inspect_err(|f| observed.refused(StoreChange::Mount.as_str(), &plan.backing, f))?;
+    observed.opened(&keys);
     let _ = std::env::set_current_dir("/");
     clear_mountpoint(&plan)?;
     let on_stderr = matches!(plan.log, log::Target::Stderr);
@@ -70,13 +82,23 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     let options = StoreOptions { read_only: plan.mount.read_only, deks: plan.dek_cache, ..Default::default() };
     let store = Store::open(b, keys, options).map_err(|e| Fault::store(&plan.backing, &e))?;
     let job = Arc::new(Job::default());
+    let started = Instant::now();
+    let (deks, audit) = (observed.deks.clone(), observed.audit.clone());
+    let metrics = Arc::new(Source { store: store.clone(), job: job.clone(), deks, audit, started });
+    if let Some(at) = plan.metrics {
+        let source = metrics.clone();
+        let at = listen::start(at, move || source.page())?;
+        tracing::info!("metrics at http://{at}/metrics");
+    }
     let control = Control {
         store: store.clone(),
         job: job.clone(),
         mountpoint: plan.mount.mountpoint.clone(),
         backing: plan.backing.clone(),
         services: plan.connect.services.clone(),
-        started: Instant::now(),
+        started,
+        observed: observed.clone(),
+        metrics,
     };
     let id = store.shared().keys.store_id();
     let server = Server::start(&runtime_dir::socket_path(&runtime_dir::make()?, id), Arc::new(control))?;
@@ -84,6 +106,8 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     on_signals(mounted.unmount_handle(), plan.mount.mountpoint.clone())
         .map_err(|e| Fault::new(FaultKind::Other, format!("cannot wait for signals: {}", plain(&e))))?;
     let settling = Settling::start(store.clone());
+    let place = format!("{} at {}", plan.backing.display(), plan.mount.mountpoint.display());
+    observed.tell(StoreChange::Mount, &place);
     tracing::info!("mounted {} (store {id}) at {}", plan.backing.display(), plan.mount.mountpoint.display());
     if plan.background {
         spawn::detach()
@@ -97,6 +121,8 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     job.stop();
     settling.stop();
     let closed = store.close();
+    observed.tell(StoreChange::Unmount, &place);
+    observed.end();
     // Only now may somebody else have the store.
     drop(server);
     drop(lock);

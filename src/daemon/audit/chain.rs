@@ -162,7 +162,9 @@ pub enum Why {
     Unsealed,
     #[error("is the last one, and there is no seal: nothing shows that it was written with the store's key")]
     NoSeal,
-    #[error("is the last one, and the head that was expected is not in the log: its end was cut off, or it was rewritten")]
+    #[error(
+        "is the last one, and the head that was expected is not in the log: its end was cut off, or it was rewritten"
+    )]
     NoHead,
 }
 
@@ -236,7 +238,8 @@ pub struct Summary {
     pub seals: Vec<Sealed>,
     /// Records after the last seal.
     pub unsealed: u64,
-    /// Lines of the last file.
+    /// Files, and lines of the last one.
+    pub files: usize,
     pub last_line: u64,
 }
 
@@ -244,14 +247,14 @@ impl Summary {
     /// Judges what the seals prove, given which of them are not genuine, by their place in [`Summary::seals`].
     ///
     /// # Errors
-    /// The first seal that is not genuine; the last one if too much follows it, or the last line if there is none: then
-    /// nothing shows that somebody with the key wrote that.
+    /// In which file: the first seal that is not genuine; the last one if too much follows it, or the last line if there
+    /// is none: then nothing shows that somebody with the key wrote that.
     pub fn judge_seals(&self, forged: impl Fn(usize) -> bool) -> Result<(), (usize, Bad)> {
         if let Some((_, s)) = self.seals.iter().enumerate().find(|(i, _)| forged(*i)) {
             return Err((s.file, Bad { line: s.line, why: Why::SealForged }));
         }
         match self.seals.last() {
-            None => Err((usize::MAX, Bad { line: self.last_line, why: Why::NoSeal })),
+            None => Err((self.files.saturating_sub(1), Bad { line: self.last_line, why: Why::NoSeal })),
             Some(s) if self.unsealed > SEAL_EVERY => Err((s.file, Bad { line: s.line, why: Why::Unsealed })),
             Some(_) => Ok(()),
         }
@@ -394,6 +397,7 @@ impl Verifier {
             lost: self.lost,
             seals: self.seals,
             unsealed: self.unsealed,
+            files: self.files,
             last_line: self.line,
         })
     }

@@ -37,7 +37,9 @@ impl LogFile {
         let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let mode = Mode::RUSR | Mode::WUSR;
         let (file, made) = match rustix::fs::open(path, flags, mode) {
-            Err(rustix::io::Errno::NOENT) => (rustix::fs::open(path, flags | OFlags::CREATE | OFlags::EXCL, mode)?, true),
+            Err(rustix::io::Errno::NOENT) => {
+                (rustix::fs::open(path, flags | OFlags::CREATE | OFlags::EXCL, mode)?, true)
+            }
             other => (other?, false),
         };
         let file = File::from(file);

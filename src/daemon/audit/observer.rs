@@ -161,7 +161,8 @@ mod tests {
         for silent in ["kms-unreachable", "kms-throttled"] {
             assert_eq!(outcome(Operation::Unwrap, Err(silent)), ("unwrap", silent.into()));
         }
-        for refused in ["kms-denied", "kms-disabled", "kms-bad-ciphertext", "wrap-auth", "kek-destroyed", "kek-unknown"] {
+        for refused in ["kms-denied", "kms-disabled", "kms-bad-ciphertext", "wrap-auth", "kek-destroyed", "kek-unknown"]
+        {
             assert_eq!(outcome(Operation::Rewrap, Err(refused)), ("deny", refused.into()));
         }
     }

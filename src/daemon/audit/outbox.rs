@@ -152,7 +152,10 @@ mod tests {
         let mut o = three();
         assert_eq!((o.chain(), o.on_disk()), (chain(3), chain(0)));
         assert_eq!((o.wrote(2), o.on_disk()), (Weight::default(), chain(0)), "the newline is part of the line");
-        assert_eq!((o.wrote(4), o.on_disk(), o.rest()), (Weight { records: 2, events: 1, lost: 5 }, chain(2), &b"cc\n"[..]));
+        assert_eq!(
+            (o.wrote(4), o.on_disk(), o.rest()),
+            (Weight { records: 2, events: 1, lost: 5 }, chain(2), &b"cc\n"[..])
+        );
         assert_eq!((o.wrote(3), o.on_disk(), o.is_empty()), (Weight::EVENT, chain(3), true));
         o.push(b"d", chain(4), Weight::OWN);
         assert_eq!(o.rest(), b"d\n");

@@ -14,7 +14,7 @@ fn options(path: &Path) -> Options {
 fn checked(files: &[&Path]) -> Result<Summary, Bad> {
     let mut v = Verifier::new(Some(STORE));
     for f in files {
-        match verify::file(&mut v, f) {
+        match verify::file(&mut v, f, false) {
             Ok(()) => {}
             Err(verify::Refused::Bad(b)) => return Err(b),
             Err(verify::Refused::Unreadable(f)) => panic!("{f}"),
@@ -207,7 +207,10 @@ fn changes_are_told_as_they_are() {
     let text = fs::read_to_string(&path).unwrap();
     let lines: Vec<&str> = text.lines().collect();
     let kek = "03".repeat(16);
-    assert!(lines[1].contains(&format!("\"event\":\"kek\",\"store\":\"{STORE}\",\"kek\":\"{kek}\",\"state\":\"destroyed\"")));
+    assert!(
+        lines[1]
+            .contains(&format!("\"event\":\"kek\",\"store\":\"{STORE}\",\"kek\":\"{kek}\",\"state\":\"destroyed\""))
+    );
     let rotate = "\"step\":\"failed\",\"counts\":{\"rewrapped\":7},\"result\":\"kms-denied\"";
     assert!(lines[2].contains(rotate), "{}", lines[2]);
 }

@@ -16,11 +16,11 @@ pub enum Refused {
     Bad(Bad),
 }
 
-/// Checks the next file.
+/// Checks the next file. `live`: it is being written, so that a last line without a newline is only not finished yet.
 ///
 /// # Errors
 /// See [`Refused`]. A bad line may be told only by the next file, or at the end.
-pub fn file(v: &mut Verifier, path: &Path) -> Result<(), Refused> {
+pub fn file(v: &mut Verifier, path: &Path, live: bool) -> Result<(), Refused> {
     let fail = |e: std::io::Error| Refused::Unreadable(Fault::io("read", path, &e));
     let mut r = BufReader::with_capacity(256 << 10, File::open(path).map_err(fail)?);
     v.begin_file().map_err(Refused::Bad)?;
@@ -33,6 +33,9 @@ pub fn file(v: &mut Verifier, path: &Path) -> Result<(), Refused> {
             return v.end_of_file().map_err(Refused::Bad);
         }
         let whole = line.pop_if(|b| *b == b'\n').is_some();
+        if !whole && live && line.len() <= LINE_MAX {
+            return v.end_of_file().map_err(Refused::Bad);
+        }
         if line.len() > LINE_MAX {
             return Err(Refused::Bad(v.too_long()));
         }

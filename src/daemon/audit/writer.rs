@@ -2,7 +2,7 @@
 //! it is rotated, and keeps account of what the disk did not take.
 
 use super::chain::{self, CONTINUED, GAP, SEAL, SEAL_EVERY, STARTED};
-use super::file::{Look, LogFile};
+use super::file::{LogFile, Look};
 use super::line::{Event, Fields, LINE_MAX, SealKey, text};
 use super::outbox::{Outbox, Weight};
 use super::queue::{Batch, Item, Queue};
@@ -56,16 +56,18 @@ impl Writer {
     /// See [`super::Log::open`].
     pub fn open(path: &Path, store: StoreId, o: &Options, queue: Arc<Queue>) -> Result<Self, Fault> {
         let fail = |what: &str, e: &io::Error| match e.kind() {
-            io::ErrorKind::WouldBlock => {
-                Fault::new(FaultKind::Locked, format!("audit log {} is being written by another process", path.display()))
-            }
+            io::ErrorKind::WouldBlock => Fault::new(
+                FaultKind::Locked,
+                format!("audit log {} is being written by another process", path.display()),
+            ),
             _ => Fault::io(what, path, e),
         };
         let mut file = LogFile::open(path).map_err(|e| fail("open the audit log", &e))?;
         let most = (chain::TORN_MAX + LINE_MAX) as u64;
         let (last, all) = file.last(most).map_err(|e| fail("read the audit log", &e))?;
         let refuse = |why: String| {
-            let text = format!("audit log {} cannot be gone on with: {why}; move it away or name another", path.display());
+            let text =
+                format!("audit log {} cannot be gone on with: {why}; move it away or name another", path.display());
             Fault::new(FaultKind::Other, text)
         };
         let tail = chain::tail(&last, all).map_err(|e| refuse(e.to_string()))?;

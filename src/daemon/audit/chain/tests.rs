@@ -287,7 +287,8 @@ fn only_a_torn_line_may_be_accounted_for() {
 #[test]
 fn what_is_no_log_is_not_appended_to() {
     assert_eq!(tail(b"", true).unwrap().chain, Chain::EMPTY);
-    for other in [&b"hello\n"[..], b"hello", b"\n", b"{}\n", b"{\"time\": 5}\n", b"[defaults]\nlog_level = \"info\"\n"] {
+    for other in [&b"hello\n"[..], b"hello", b"\n", b"{}\n", b"{\"time\": 5}\n", b"[defaults]\nlog_level = \"info\"\n"]
+    {
         assert_eq!(tail(other, true), Err(NotALog::NoRecord));
     }
     assert_eq!(tail(b"xyz", false), Err(NotALog::TooLong));

@@ -1,0 +1,43 @@
+//! Where a mounted store's figures come from.
+
+use super::deks::DekCounts;
+use super::page::{AuditFigures, Figures, text};
+use crate::backing::posix::Posix;
+use crate::crypto::secret::memory_is_locked;
+use crate::daemon::audit::Log;
+use crate::daemon::job::Job;
+use crate::store::Store;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The mounted store.
+pub struct Source {
+    pub store: Arc<Store<Posix>>,
+    pub job: Arc<Job>,
+    pub deks: Arc<DekCounts>,
+    pub audit: Option<Arc<Log>>,
+    pub started: Instant,
+}
+
+impl Source {
+    /// All figures as they are now.
+    pub fn page(&self) -> String {
+        let shared = self.store.shared();
+        let rotation = self.job.state();
+        let audit = self.audit.as_ref().map(|a| {
+            let (written, lost) = a.counts();
+            AuditFigures { written, lost, refusing: a.refusal().is_some() }
+        });
+        let figures = Figures {
+            uptime: self.started.elapsed().as_secs_f64(),
+            read_only: shared.read_only,
+            memory_locked: memory_is_locked(),
+            keyring: &shared.keys.snapshot(),
+            dek_cache: shared.deks.stats(),
+            rotation: rotation.as_ref(),
+            deks: &self.deks,
+            audit,
+        };
+        text(&figures).0
+    }
+}

@@ -297,8 +297,11 @@ impl Writer {
         let why = plain(e);
         let consequence = match self.on_error {
             OnError::Continue => {
-                self.lost += back.len() as u64;
-                self.queue.count(0, back.len() as u64);
+                // Also what did not get as far as the outbox, because a line that was begun is still in it.
+                let lost = (back.len() + self.todo.len()) as u64;
+                self.todo.clear();
+                self.lost += lost;
+                self.queue.count(0, lost);
                 "events are lost"
             }
             OnError::Stop => {

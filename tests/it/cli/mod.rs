@@ -1,5 +1,6 @@
 //! The program from outside: what it prints, how it exits, and how it lives as a daemon.
 
+mod audit;
 mod control;
 mod json;
 mod lifecycle;

@@ -7,6 +7,7 @@ use super::metrics::deks::DekCounts;
 use crate::format::ids::StoreId;
 use crate::kms::ConnectOptions;
 use crate::kms::event::{Change, Observer, StoreChange};
+use crate::kms::metrics::Registry;
 use crate::store::keys::Keys;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use std::sync::Arc;
 pub struct Observed {
     pub audit: Option<Arc<Log>>,
     pub deks: Arc<DekCounts>,
+    /// Calls to root keys.
+    pub calls: Arc<Registry>,
     fan: Arc<dyn Observer>,
 }
 
@@ -28,12 +31,12 @@ impl Observed {
         let deks = Arc::new(DekCounts::default());
         let mut all: Vec<Arc<dyn Observer>> = vec![deks.clone()];
         all.extend(audit.clone().map(|a| a as Arc<dyn Observer>));
-        Ok(Self { audit, deks, fan: Arc::new(Fan(all)) })
+        Ok(Self { audit, deks, calls: Registry::new(), fan: Arc::new(Fan(all)) })
     }
 
-    /// The same options, with calls to root keys told.
+    /// The same options, with calls to root keys told and counted.
     pub fn connect(&self, o: &ConnectOptions) -> ConnectOptions {
-        ConnectOptions { observer: Some(self.fan.clone()), ..o.clone() }
+        ConnectOptions { observer: Some(self.fan.clone()), metrics: Some(self.calls.clone()), ..o.clone() }
     }
 
     /// The keyring is open: uses and changes of its keys are told, and the log is sealed with its key.

@@ -83,8 +83,14 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     let store = Store::open(b, keys, options).map_err(|e| Fault::store(&plan.backing, &e))?;
     let job = Arc::new(Job::default());
     let started = Instant::now();
-    let (deks, audit) = (observed.deks.clone(), observed.audit.clone());
-    let metrics = Arc::new(Source { store: store.clone(), job: job.clone(), deks, audit, started });
+    let metrics = Arc::new(Source {
+        store: store.clone(),
+        job: job.clone(),
+        deks: observed.deks.clone(),
+        calls: observed.calls.clone(),
+        audit: observed.audit.clone(),
+        started,
+    });
     if let Some(at) = plan.metrics {
         let source = metrics.clone();
         let at = listen::start(at, move || source.page())?;

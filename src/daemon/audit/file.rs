@@ -56,7 +56,7 @@ impl LogFile {
     }
 
     /// Bytes in it.
-    pub fn len(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.len
     }
 
@@ -140,7 +140,7 @@ mod tests {
         assert_eq!(f.last(2).unwrap(), (b"bc".to_vec(), false));
         drop(f);
         let mut f = LogFile::open(&path).unwrap();
-        assert_eq!((f.len(), f.last(9).unwrap()), (3, (b"abc".to_vec(), true)));
+        assert_eq!((f.size(), f.last(9).unwrap()), (3, (b"abc".to_vec(), true)));
         let link = d.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(LogFile::open(&link).is_err());
@@ -157,13 +157,13 @@ mod tests {
         assert_eq!(f.look().unwrap(), Look::Same);
         File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
         assert_eq!(f.look().unwrap(), Look::Emptied);
-        assert_eq!(f.len(), 0);
+        assert_eq!(f.size(), 0);
         std::fs::rename(&path, d.path().join("log.1")).unwrap();
         assert_eq!(f.look().unwrap(), Look::Moved);
         std::fs::write(&path, "strange").unwrap();
         assert_eq!(f.look().unwrap(), Look::Moved);
         assert_eq!(f.next().unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(f.next().unwrap().len(), 0);
+        assert_eq!(f.next().unwrap().size(), 0);
     }
 }

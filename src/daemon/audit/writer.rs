@@ -236,7 +236,7 @@ impl Writer {
 
     /// Nothing is in the file, nor on its way there.
     fn is_blank(&self) -> bool {
-        self.file.len() == 0 && self.outbox.is_empty()
+        self.file.size() == 0 && self.outbox.is_empty()
     }
 
     /// The first record of a file.

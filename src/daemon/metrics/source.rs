@@ -6,6 +6,7 @@ use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
 use crate::daemon::audit::Log;
 use crate::daemon::job::Job;
+use crate::kms::metrics::Registry;
 use crate::store::Store;
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,6 +16,8 @@ pub struct Source {
     pub store: Arc<Store<Posix>>,
     pub job: Arc<Job>,
     pub deks: Arc<DekCounts>,
+    /// Calls to root keys.
+    pub calls: Arc<Registry>,
     pub audit: Option<Arc<Log>>,
     pub started: Instant,
 }
@@ -38,6 +41,8 @@ impl Source {
             deks: &self.deks,
             audit,
         };
-        text(&figures).0
+        let mut page = text(&figures).0;
+        self.calls.render(&mut page);
+        page
     }
 }

@@ -4,6 +4,7 @@ mod attrs;
 mod crash;
 mod damage;
 mod names;
+mod observe;
 
 use super::keys::{KekKind, Keys, StoreFlags};
 use super::{Node, Store, StoreError, StoreOptions};

@@ -162,15 +162,13 @@ fn a_rotation_is_told_step_by_step_and_counted_as_in_its_report() {
     assert_eq!(steps, ["staged", "activated", "sweeping", "verifying", "retiring", "done"]);
     assert!(rotate.iter().all(|r| text(&r["kek"]) == target && r["result"] == "ok"));
     for (name, n) in rotate.last().unwrap()["counts"].as_object().unwrap() {
-        let reported = if name == "failures_total" { &report["failures_total"] } else { &report["sweep"][name.as_str()] };
+        let reported =
+            if name == "failures_total" { &report["failures_total"] } else { &report["sweep"][name.as_str()] };
         assert_eq!(n, reported, "{name}");
     }
     let states: Vec<_> = of(&lines, "kek").iter().map(|r| (text(&r["kek"]), text(&r["state"]))).collect();
     let o = old.as_str();
-    assert_eq!(
-        states,
-        [(target, "created"), (o, "retired"), (target, "activated"), (o, "unused"), (o, "destroyed")]
-    );
+    assert_eq!(states, [(target, "created"), (o, "retired"), (target, "activated"), (o, "unused"), (o, "destroyed")]);
     // A dry run does nothing that is to be told.
     let before = told(&b).iter().filter(|r| r["event"] != "seal").count();
     b.ok("rotate mnt --dry-run");
@@ -224,6 +222,28 @@ fn a_file_under_a_destroyed_kek_is_denied_and_told() {
         assert_eq!(text(&d["result"]), "kek-destroyed");
     }
     assert!(denied.iter().any(|d| d["uid"] == NOBODY && text(&d["exe"]) == program("/bin/cat")));
+}
+
+#[test]
+fn keys_of_an_external_kek_are_told_once_each_by_their_root_key() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    b.ok("init back --key keyfile:DIR/key --kek external --plaintext-names");
+    mount(&b, "");
+    fs::write(b.path("mnt/f"), "x").unwrap();
+    b.ok("unmount mnt");
+    mount(&b, "");
+    assert_eq!(fs::read(b.path("mnt/f")).unwrap(), b"x");
+    b.ok("rotate mnt");
+    let lines = told(&b);
+    let provider = format!("keyfile:{}", b.path("key").display());
+    for event in ["wrap", "unwrap", "rewrap"] {
+        let told = deks(&lines, event);
+        assert_eq!(told.len(), 1, "{event}: {told:?}");
+        assert_eq!((text(&told[0]["provider"]), text(&told[0]["file"])), (&*provider, &*file_id(&b, "f")));
+    }
 }
 
 #[test]
@@ -301,7 +321,8 @@ fn tampering_with_the_log_is_found_and_said() {
     let uid = String::from_utf8_lossy(&whole).find("\"uid\":").unwrap() + 6;
     flipped[uid] ^= 1;
     let advice = "; keep the log as it is, and compare it with a copy or a head that was noted before\n";
-    let broken = "does not follow from the line before it: that one or this one was changed, or others removed or put in";
+    let broken =
+        "does not follow from the line before it: that one or this one was changed, or others removed or put in";
     assert_eq!(verify(&flipped, ""), (Some(8), format!("envelopefs: DIR/bad: line 2 {broken}{advice}")));
     let mut less = lines.clone();
     less.remove(3);
@@ -382,7 +403,11 @@ fn a_log_has_one_writer_and_its_own_place() {
     }
     b.ok("unmount mnt");
     let o = b.run("mount back2 mnt2 --audit-log DIR/audit");
-    assert!(b.masked(&o.stderr).contains("it is that of store ID; move it away or name another"), "{}", b.masked(&o.stderr));
+    assert!(
+        b.masked(&o.stderr).contains("it is that of store ID; move it away or name another"),
+        "{}",
+        b.masked(&o.stderr)
+    );
     assert_eq!(o.status.code(), Some(1));
 }
 
@@ -537,7 +562,8 @@ fn samples(text: &str) -> BTreeMap<String, f64> {
     let (mut family, mut kind, mut helped) = (String::new(), String::new(), String::new());
     assert!(text.ends_with('\n'));
     let is_name = |s: &str| {
-        !s.is_empty() && !s.starts_with(|c: char| c.is_ascii_digit())
+        !s.is_empty()
+            && !s.starts_with(|c: char| c.is_ascii_digit())
             && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == ':')
     };
     for line in text.lines() {
@@ -603,14 +629,19 @@ fn metrics_count_what_was_done_and_are_served_on_loopback_if_asked() {
     let o = b.run("mount back mnt --metrics-listen 0.0.0.0:9464");
     assert_eq!(o.status.code(), Some(2));
     assert!(b.masked(&o.stderr).contains("loopback addresses only"), "{}", b.masked(&o.stderr));
-    b.fails("metrics back", 10, "DIR/back is not mounted: only a daemon has figures; mount it first with: envelopefs mount BACKING MOUNTPOINT");
+    b.fails(
+        "metrics back",
+        10,
+        "DIR/back is not mounted: only a daemon has figures; mount it first with: envelopefs mount BACKING MOUNTPOINT",
+    );
     mount(&b, "--metrics-listen 127.0.0.1:0");
     for i in 0..9 {
         fs::write(b.path("mnt").join(i.to_string()), "x").unwrap();
     }
     let report = b.json("rotate mnt --json");
     let got = samples(&b.ok("metrics mnt"));
-    let ops = |o: &str| got[&format!("envelopefs_dek_operations_total{{operation=\"{o}\",kek=\"sealed\",result=\"ok\"}}")];
+    let ops =
+        |o: &str| got[&format!("envelopefs_dek_operations_total{{operation=\"{o}\",kek=\"sealed\",result=\"ok\"}}")];
     assert_eq!((ops("wrap"), ops("unwrap")), (9.0, 0.0));
     assert_eq!(ops("rewrap"), report["sweep"]["rewrapped"].as_f64().unwrap());
     assert_eq!(got["envelopefs_keks{state=\"retired\"}"], 1.0);
@@ -620,12 +651,22 @@ fn metrics_count_what_was_done_and_are_served_on_loopback_if_asked() {
     let got = samples(&b.ok("metrics back"));
     assert_eq!(got["envelopefs_audit_records_written_total"], lines);
     assert_eq!(got["envelopefs_audit_events_lost_total"], 0.0);
+    let calls =
+        |o: &str| got[&format!("envelopefs_key_calls_total{{provider=\"keyfile\",operation=\"{o}\",result=\"ok\"}}")];
+    let lines = records(&b.path("audit"));
+    for o in ["wrap", "unwrap"] {
+        let of_root_keys = of(&lines, o).into_iter().filter(|r| r["key"] != "dek").count();
+        assert!(of_root_keys > 0 && calls(o) == of_root_keys as f64, "{o}: {of_root_keys}");
+    }
     // As a scraper gets it.
     let log = fs::read_to_string(b.path("log")).unwrap();
     let port = log.split("metrics at http://127.0.0.1:").nth(1).unwrap().split('/').next().unwrap().parse().unwrap();
     let answer = http(port, "GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains(&format!("Content-Length: {}", body.len())), "{head}");
+    assert!(
+        head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains(&format!("Content-Length: {}", body.len())),
+        "{head}"
+    );
     let names = |m: &BTreeMap<String, f64>| m.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&samples(&b.masked(body.as_bytes()))), names(&got));
     assert!(http(port, "GET /key HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404 "));

@@ -61,7 +61,7 @@ fn output_with_a_mount_is_as_documented() {
     }
     let b = Bench::new();
     b.ok("init back --key keyfile:DIR/key --plaintext-names");
-    b.ok("mount back mnt");
+    b.ok("mount back mnt --audit-log DIR/audit");
     fs::write(b.path("mnt/f"), "x").unwrap();
     b.ok("rotate mnt");
     check(&b, "status mnt --json", "status --json");
@@ -73,4 +73,5 @@ fn output_with_a_mount_is_as_documented() {
     check(&b, "rotate mnt --dry-run --json", "rotate --json");
     check(&b, "inspect back/f --json", "inspect --json");
     b.ok("unmount mnt");
+    check(&b, "audit verify audit --store back --json", "audit verify --json");
 }

@@ -134,12 +134,16 @@ fn break_glass_and_back_on_a_mounted_store() {
     b.ok("unmount mnt");
     fs::remove_file(b.path("key")).unwrap();
 
-    let o = b.run("mount back mnt --recovery-file DIR/paper --log-file DIR/log");
+    let o = b.run("mount back mnt --recovery-file DIR/paper --log-file DIR/log --audit-log DIR/audit");
     assert_eq!((o.status.code(), b.masked(&o.stderr).as_str()), (Some(0), USED));
     let log = fs::read_to_string(b.path("log")).unwrap();
     assert!(log.contains("WARN") && log.contains("opened with its recovery key"), "{log}");
     assert_eq!(fs::read_to_string(b.path("mnt/f")).unwrap(), "precious");
     let old = uri(&b);
+    b.ok("audit verify DIR/audit --store mnt");
+    let told = fs::read_to_string(b.path("audit")).unwrap();
+    let used = format!("\"operation\":\"unwrap\",\"key\":\"store-secret\",\"provider\":\"{old}\"");
+    assert!(told.lines().any(|l| l.contains(&used) && l.contains("\"result\":\"ok\"")), "{told}");
     let o = b.run("key remove mnt keyfile:DIR/key");
     assert!(b.masked(&o.stderr).contains("the last root key besides the recovery key"), "{}", b.masked(&o.stderr));
     b.ok("key add mnt keyfile:DIR/new");

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use tracing::{Level, Metadata};
+use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Where to log.
@@ -30,10 +31,16 @@ impl Target {
     }
 }
 
-/// Installs the process's log, with everything at least as grave as `level`, and a panic hook that logs. A second
-/// call is ignored.
+/// What is logged: of this program all that is at least as grave as `level`, of everybody else warnings and errors at
+/// most. A key service's client logs at its finest level what it sends and receives, and so the keys in it.
+fn filter(level: Level) -> EnvFilter {
+    let others = level.min(Level::WARN);
+    EnvFilter::new(format!("{others},{}={level}", env!("CARGO_PKG_NAME")))
+}
+
+/// Installs the process's log as [`filter`] has it, and a panic hook that logs. A second call is ignored.
 pub fn install(target: Target, level: Level) {
-    let b = tracing_subscriber::fmt().with_max_level(level).with_ansi(false).with_target(false);
+    let b = tracing_subscriber::fmt().with_env_filter(filter(level)).with_ansi(false).with_target(false);
     let _ = match target {
         Target::Stderr => tracing::subscriber::set_global_default(b.without_time().with_writer(io::stderr).finish()),
         Target::File(f) => tracing::subscriber::set_global_default(b.with_writer(Mutex::new(f)).finish()),
@@ -118,6 +125,12 @@ impl Write for Line<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_this_program_is_heard_at_fine_levels() {
+        assert_eq!(filter(Level::TRACE).to_string(), "envelopefs=trace,warn");
+        assert_eq!(filter(Level::ERROR).to_string(), "envelopefs=error,error");
+    }
 
     #[test]
     fn a_datagram_is_what_syslog_expects() {

@@ -150,6 +150,9 @@ mod tests {
         {
             assert!(text.contains(key), "{key}");
         }
+        let aws = &c.services.aws;
+        assert!(aws.region.is_some() && aws.connect_timeout_ms == Some(500) && aws.attempt_timeout_ms == Some(2000));
+        assert!(text.contains("\n# endpoint = ") && text.contains("\n# profile = "));
         let gcp = ["endpoint", "allow_http", "credentials_file", "anonymous", "quota_project"];
         assert!(gcp.iter().all(|key| text.contains(&format!("{key} = "))), "{gcp:?}");
         assert!(c.services.gcp.timeout_ms.is_some() && c.services.gcp.credentials_timeout_ms.is_some());

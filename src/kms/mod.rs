@@ -4,6 +4,8 @@
 //! [`WrapContext`], by the same root key, by a later process. Calls block; a provider over an asynchronous SDK keeps
 //! its runtime inside. No error of a provider may ever lead the caller to anything irreversible.
 
+#[cfg(feature = "aws-kms")]
+pub mod aws;
 pub mod event;
 #[cfg(feature = "gcp-kms")]
 pub mod gcp;
@@ -260,6 +262,9 @@ fn bare(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc<dyn Ke
             let source = o.passphrase.clone().unwrap_or_else(default_source);
             Ok(Arc::new(passphrase::PassphraseKey::open(&source, o.argon2.unwrap_or_default(), create)?))
         }
+        #[cfg(feature = "aws-kms")]
+        Scheme::AwsKms => Ok(Arc::new(aws::AwsKms::new(uri, &o.services.aws)?)),
+        #[cfg(not(feature = "aws-kms"))]
         Scheme::AwsKms => Err(not_built_in(uri)),
         #[cfg(feature = "gcp-kms")]
         Scheme::GcpKms => Ok(Arc::new(gcp::GcpKms::open(uri, &o.services.gcp)?)),

@@ -86,7 +86,19 @@ impl Limits {
 /// How to reach AWS KMS; without any, as the AWS SDK finds it (environment, profile, instance).
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct AwsOptions {}
+pub struct AwsOptions {
+    /// Where the service is, for a VPC endpoint or a test server: `https://HOST[:PORT]`, or `http://` to this machine.
+    /// Without: what `AWS_ENDPOINT_URL_KMS` or `AWS_ENDPOINT_URL` says, else the region's public endpoint.
+    pub endpoint: Option<String>,
+    /// Region of root keys whose URI names none. Without: as the SDK finds it.
+    pub region: Option<String>,
+    /// Profile of root keys whose URI names none. Without: as the SDK finds it.
+    pub profile: Option<String>,
+    /// How long a connection may take, in milliseconds. Without: 500.
+    pub connect_timeout_ms: Option<u64>,
+    /// How long the service may take to answer a call, in milliseconds. Without: 2000.
+    pub attempt_timeout_ms: Option<u64>,
+}
 
 /// How to reach Google Cloud KMS; without any, at its public address with application default credentials.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]

@@ -90,6 +90,17 @@ enum Kind {
     },
 }
 
+/// What an `aws-kms:` URI says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AwsKey<'a> {
+    /// The ARN of a key or of an alias, `alias/NAME`, or a key's id.
+    pub key: &'a str,
+    /// `region=`.
+    pub region: Option<&'a str>,
+    /// `profile=`.
+    pub profile: Option<&'a str>,
+}
+
 fn bad(text: &str, why: &str) -> KmsError {
     // What was typed may be long or hold control characters: shown escaped and cut.
     let shown: String = text.chars().take(80).flat_map(char::escape_debug).collect();
@@ -174,6 +185,16 @@ impl RootKeyUri {
     pub fn key_file(&self) -> Option<&Path> {
         match &self.kind {
             Kind::KeyFile { path } => Some(Path::new(path)),
+            _ => None,
+        }
+    }
+
+    /// The key of an `aws-kms:` URI, and the region and profile that it names.
+    pub fn aws_key(&self) -> Option<AwsKey<'_>> {
+        match &self.kind {
+            Kind::AwsKms { key, region, profile } => {
+                Some(AwsKey { key, region: region.as_deref(), profile: profile.as_deref() })
+            }
             _ => None,
         }
     }

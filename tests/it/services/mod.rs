@@ -3,8 +3,12 @@
 
 #[cfg(feature = "vault")]
 mod bao;
+#[cfg(feature = "aws-kms")]
+mod aws;
 #[cfg(feature = "gcp-kms")]
 mod gcp;
+#[cfg(feature = "aws-kms")]
+mod kms_server;
 mod server;
 #[cfg(feature = "vault")]
 mod vault;

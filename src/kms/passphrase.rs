@@ -92,8 +92,8 @@ impl Argon2Cost {
     }
 }
 
-/// A passphrase in secret memory, in pieces of 32 bytes.
-struct Passphrase {
+/// A passphrase, or a PIN, in secret memory, in pieces of 32 bytes.
+pub(super) struct Passphrase {
     pieces: Vec<Secret32>,
     len: usize,
 }
@@ -105,7 +105,7 @@ impl Passphrase {
     }
 
     /// The bytes, in one piece, wiped when dropped.
-    fn assemble(&self) -> Zeroizing<Vec<u8>> {
+    pub(super) fn assemble(&self) -> Zeroizing<Vec<u8>> {
         let mut v = Zeroizing::new(Vec::with_capacity(self.pieces.len() * KEY_LEN));
         self.pieces.iter().for_each(|p| v.extend_from_slice(p.expose()));
         v.truncate(self.len);
@@ -156,7 +156,7 @@ impl PassphraseKey {
         if !cost.is_acceptable() {
             return Err(KmsError::Config("Argon2 cost out of bounds: 1 MiB to 1 GiB, 1-16 passes, 1-16 lanes".into()));
         }
-        let passphrase = read(source, create)?;
+        let passphrase = read(source, create).map_err(no_passphrase)?;
         Ok(Self { passphrase, cost, derived: Mutex::default() })
     }
 
@@ -207,7 +207,7 @@ fn no_passphrase(why: impl std::fmt::Display) -> KmsError {
 /// # Errors
 /// As [`PassphraseKey::open`].
 pub fn text(source: &PassphraseSource, create: bool) -> Result<Zeroizing<Vec<u8>>, KmsError> {
-    read(source, create).map(|p| p.assemble())
+    read(source, create).map(|p| p.assemble()).map_err(no_passphrase)
 }
 
 /// Something else than a passphrase from such a source: a recovery key. A terminal or prompt shows `prompt`.
@@ -220,10 +220,12 @@ pub(super) fn ask_for(source: &PassphraseSource, prompt: &str) -> Result<Zeroizi
         PassphraseSource::Prompt(p) => p(prompt),
         other => return text(other, false),
     };
-    answer.map_err(no_passphrase).and_then(|a| accept(a.as_bytes())).map(|p| p.assemble())
+    let accepted = answer.map_err(|e| e.to_string()).and_then(|a| accept(a.as_bytes()));
+    accepted.map(|p| p.assemble()).map_err(no_passphrase)
 }
 
-fn read(source: &PassphraseSource, create: bool) -> Result<Passphrase, KmsError> {
+/// What `source` gives, for whatever it is used as; `Err` is the reason why there is nothing.
+pub(super) fn read(source: &PassphraseSource, create: bool) -> Result<Passphrase, String> {
     match source {
         PassphraseSource::Terminal => ask(&terminal, create),
         PassphraseSource::Prompt(p) => ask(p.as_ref(), create),
@@ -231,7 +233,7 @@ fn read(source: &PassphraseSource, create: bool) -> Result<Passphrase, KmsError>
         PassphraseSource::Command(c) => run(c),
         PassphraseSource::SystemdCredential(name) => match credential(name) {
             Some(path) => read_file(&path),
-            None => Err(no_passphrase(format!("no systemd credential '{name}': CREDENTIALS_DIRECTORY is not set"))),
+            None => Err(format!("no systemd credential '{name}': CREDENTIALS_DIRECTORY is not set")),
         },
         PassphraseSource::Fixed(bytes) => accept(bytes),
     }
@@ -246,37 +248,38 @@ pub fn credential(name: &str) -> Option<PathBuf> {
 }
 
 fn terminal(prompt: &str) -> io::Result<Zeroizing<String>> {
+    ask_on_terminal(prompt, "no terminal to ask on; use --passphrase-file or --passphrase-command")
+}
+
+/// Asks on the terminal, without echo; says `otherwise` if there is none.
+pub(super) fn ask_on_terminal(prompt: &str, otherwise: &str) -> io::Result<Zeroizing<String>> {
     if !io::stdin().is_terminal() && std::fs::File::open("/dev/tty").is_err() {
-        let why = "no terminal to ask on; use --passphrase-file or --passphrase-command";
-        return Err(io::Error::new(io::ErrorKind::NotFound, why));
+        return Err(io::Error::new(io::ErrorKind::NotFound, otherwise));
     }
     rpassword::prompt_password(prompt).map(Zeroizing::new)
 }
 
-fn ask(
-    prompt: &(impl Fn(&str) -> io::Result<Zeroizing<String>> + ?Sized),
-    create: bool,
-) -> Result<Passphrase, KmsError> {
-    let first = prompt(if create { "New passphrase: " } else { "Passphrase: " }).map_err(no_passphrase)?;
+fn ask(prompt: &(impl Fn(&str) -> io::Result<Zeroizing<String>> + ?Sized), create: bool) -> Result<Passphrase, String> {
+    let first = prompt(if create { "New passphrase: " } else { "Passphrase: " }).map_err(|e| e.to_string())?;
     let accepted = accept(first.as_bytes())?;
     if create {
-        let again = prompt("The same again: ").map_err(no_passphrase)?;
+        let again = prompt("The same again: ").map_err(|e| e.to_string())?;
         if !crate::crypto::kdf::ct_eq(first.as_bytes(), again.as_bytes()) {
-            return Err(no_passphrase("the two differ; try again"));
+            return Err("the two differ; try again".into());
         }
     }
     Ok(accepted)
 }
 
-fn accept(bytes: &[u8]) -> Result<Passphrase, KmsError> {
+fn accept(bytes: &[u8]) -> Result<Passphrase, String> {
     match bytes.len() {
-        0 => Err(no_passphrase("it is empty")),
-        n if n > PASSPHRASE_MAX => Err(no_passphrase("it is longer than 4096 bytes")),
+        0 => Err("it is empty".into()),
+        n if n > PASSPHRASE_MAX => Err("it is longer than 4096 bytes".into()),
         _ => Ok(Passphrase::new(bytes)),
     }
 }
 
-fn accept_line(bytes: &[u8]) -> Result<Passphrase, KmsError> {
+fn accept_line(bytes: &[u8]) -> Result<Passphrase, String> {
     let line = bytes.strip_suffix(b"\n").unwrap_or(bytes);
     accept(line.strip_suffix(b"\r").unwrap_or(line))
 }
@@ -297,14 +300,14 @@ fn slurp(from: &mut impl Read) -> io::Result<Zeroizing<Vec<u8>>> {
     Ok(buf)
 }
 
-fn read_file(path: &Path) -> Result<Passphrase, KmsError> {
-    let failed = |e: io::Error| no_passphrase(format!("{}: {e}", path.display()));
+fn read_file(path: &Path) -> Result<Passphrase, String> {
+    let failed = |e: io::Error| format!("{}: {e}", path.display());
     let mut file = std::fs::File::open(path).map_err(failed)?;
     accept_line(&slurp(&mut file).map_err(failed)?)
 }
 
-fn run(command: &str) -> Result<Passphrase, KmsError> {
-    let failed = |e: io::Error| no_passphrase(format!("command '{command}': {e}"));
+fn run(command: &str) -> Result<Passphrase, String> {
+    let failed = |e: io::Error| format!("command '{command}': {e}");
     let mut child = Command::new("/bin/sh").arg("-c").arg(command).stdout(Stdio::piped()).spawn().map_err(failed)?;
     let output = match child.stdout.take() {
         Some(mut out) => slurp(&mut out),
@@ -314,7 +317,7 @@ fn run(command: &str) -> Result<Passphrase, KmsError> {
     let status = child.wait().map_err(failed)?;
     let output = output.map_err(failed)?;
     if output.len() <= PASSPHRASE_MAX + 2 && !status.success() {
-        return Err(no_passphrase(format!("command '{command}' failed: {status}")));
+        return Err(format!("command '{command}' failed: {status}"));
     }
     accept_line(&output)
 }
@@ -393,7 +396,7 @@ mod tests {
     }
 
     fn text(source: &PassphraseSource, create: bool) -> Result<Vec<u8>, KmsError> {
-        read(source, create).map(|p| p.assemble().to_vec())
+        super::text(source, create).map(|t| t.to_vec())
     }
 
     #[test]

@@ -112,7 +112,8 @@ pub fn verify(ring: &Keyring, c: &Connected, object: Object, expected: &Secret32
 /// the same scheme are tried, those with the same URI first.
 ///
 /// # Errors
-/// Any of the provider's but `BadCiphertext`, which means "not this one".
+/// Any of the provider's but `BadCiphertext`, which means "not this one", as does `NotFound` for what another URI's
+/// root key has wrapped.
 pub fn identify(ring: &Keyring, provider: &Arc<dyn KeyProvider>) -> Outcome<Option<(Connected, Secret32)>> {
     let uri = provider.describe()?.uri;
     let scheme = |u: &str| u.split_once(':').map(|(s, _)| s.to_owned());
@@ -123,6 +124,7 @@ pub fn identify(ring: &Keyring, provider: &Arc<dyn KeyProvider>) -> Outcome<Opti
         match provider.unwrap(&w.bytes, &Object::Secret.context(ring.store)) {
             Ok(key) => return Ok(Some((Connected { id: w.root, provider: provider.clone() }, key))),
             Err(KmsError::BadCiphertext(_)) => {}
+            Err(KmsError::NotFound(_)) if recorded(w) != uri => {}
             Err(e) => return Err(e),
         }
     }

@@ -144,6 +144,8 @@ mod tests {
         let s = &c.store["home"];
         assert!(s.mountpoint.is_some() && !s.keys.is_empty() && !s.options.is_empty());
         assert!(c.defaults.dek_cache.entries.is_some() && c.defaults.threads.is_some());
+        let p = &c.services.pkcs11;
+        assert!(p.module.is_some() && p.token.is_some() && p.pin_file.is_some() && text.contains("pin_command"));
         for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"]
             .iter()
             .chain(&["audit_log", "audit_on_error", "audit_fsync_ms", "metrics_listen"])

@@ -13,6 +13,8 @@ pub mod guard;
 pub mod keyfile;
 pub mod metrics;
 pub mod passphrase;
+#[cfg(feature = "pkcs11")]
+pub mod pkcs11;
 pub mod recovery;
 pub mod scripted;
 pub mod services;
@@ -274,6 +276,9 @@ fn bare(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc<dyn Ke
         Scheme::Vault => Ok(Arc::new(vault::VaultKey::connect(uri, &o.services.vault)?)),
         #[cfg(not(feature = "vault"))]
         Scheme::Vault => Err(not_built_in(uri)),
+        #[cfg(feature = "pkcs11")]
+        Scheme::Pkcs11 => Ok(Arc::new(pkcs11::Pkcs11Key::connect(uri, &o.services.pkcs11)?)),
+        #[cfg(not(feature = "pkcs11"))]
         Scheme::Pkcs11 => Err(not_built_in(uri)),
         Scheme::Recovery => match &o.recovery {
             Some(source) => Ok(Arc::new(recovery::RecoveryKey::enter_that_of(uri, source)?)),
@@ -282,6 +287,7 @@ fn bare(uri: &RootKeyUri, o: &ConnectOptions, create: bool) -> Result<Arc<dyn Ke
     }
 }
 
+#[cfg(not(all(feature = "aws-kms", feature = "gcp-kms", feature = "vault", feature = "pkcs11")))]
 fn not_built_in(uri: &RootKeyUri) -> KmsError {
     let scheme = uri.scheme().as_str();
     KmsError::Config(format!("{uri}: {scheme} root keys were left out of this build; build with --features {scheme}"))

@@ -187,10 +187,24 @@ impl Default for VaultAuth {
     }
 }
 
-/// How to reach a PKCS#11 token.
+/// How to reach a PKCS#11 token. Where the PIN comes from: what `pin-source=` of a URI on the command line says, else
+/// one of these, else the systemd credential `envelopefs.pkcs11-pin`, else the terminal.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Pkcs11Options {}
+pub struct Pkcs11Options {
+    /// The module: absolute path of the token's PKCS#11 library.
+    pub module: Option<PathBuf>,
+    /// Label of the only token that may be used. Without it a URI from a keyring can name any token of the module.
+    pub token: Option<String>,
+    /// File that holds the PIN; one newline at the end is left out.
+    pub pin_file: Option<PathBuf>,
+    /// Command, run by sh, that prints the PIN.
+    pub pin_command: Option<String>,
+    /// Take keys that were imported: those that once were extractable or not sensitive. They must not be now.
+    pub allow_extractable: bool,
+    /// Take RSA keys. Whoever knows the public key can make wraps that open, and so a keyring of his own.
+    pub allow_rsa: bool,
+}
 
 #[cfg(test)]
 mod tests {

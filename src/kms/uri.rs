@@ -215,9 +215,32 @@ impl RootKeyUri {
         }
     }
 
+    /// The path attributes of a `pkcs11:` URI, decoded: name and value, in canonical order. Empty for other schemes.
+    pub fn pkcs11_attributes(&self) -> Vec<(&str, Vec<u8>)> {
+        match &self.kind {
+            // What the parser wrote decodes.
+            Kind::Pkcs11 { attributes } => {
+                attributes.iter().filter_map(|(n, v)| Some((n.as_str(), percent_decode(v).ok()?))).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// The PKCS#11 module's path, if the command line gave one. Never recorded.
     pub fn module_path(&self) -> Option<&Path> {
         self.module_path.as_deref()
+    }
+
+    /// The text of this URI with `module` for its PKCS#11 module, unless it has one already; with its PIN source.
+    pub fn with_module_path(&self, module: &Path) -> String {
+        let encoded = |text: &str| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-._~/:".contains(c);
+            let one = |b: u8| if plain(b.into()) { char::from(b).to_string() } else { format!("%{b:02X}") };
+            text.bytes().map(one).collect::<String>()
+        };
+        let module = self.module_path.as_deref().unwrap_or(module);
+        let pin = self.pin_source.as_deref().map_or(String::new(), |p| format!("&pin-source={}", encoded(p)));
+        format!("{self}?module-path={}{pin}", encoded(&module.to_string_lossy()))
     }
 
     /// Where the PKCS#11 PIN comes from, if the command line said so. Never recorded.
@@ -548,6 +571,18 @@ mod tests {
         assert_eq!(uri.module_path(), Some(Path::new("/usr/lib/p11.so")));
         assert_eq!(uri.pin_source(), Some("file:/run/pin"));
         assert_eq!(uri.to_string(), "pkcs11:object=k");
+        for (given, whole) in [
+            ("pkcs11:object=k", "pkcs11:object=k?module-path=/m%20%26.so"),
+            (text, text),
+            ("pkcs11:object=k?pin-source=/p%26", "pkcs11:object=k?module-path=/m%20%26.so&pin-source=/p%26"),
+        ] {
+            assert_eq!(RootKeyUri::parse(given).unwrap().with_module_path(Path::new("/m &.so")), whole);
+            assert!(RootKeyUri::parse(whole).is_ok(), "{whole}");
+        }
+        assert_eq!(
+            RootKeyUri::parse("pkcs11:id=%01%fF;token=a%20b").unwrap().pkcs11_attributes(),
+            [("token", b"a b".to_vec()), ("id", vec![1, 0xff])]
+        );
         assert!(RootKeyUri::recorded(text).is_err());
         assert!(RootKeyUri::recorded("pkcs11:object=k?module-path=/usr/lib/p11.so").is_err());
     }

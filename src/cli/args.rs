@@ -73,6 +73,9 @@ pub struct AccessArgs {
     /// Read the passphrase from what COMMAND (run by sh) prints
     #[arg(long, value_name = "COMMAND")]
     pub passphrase_command: Option<String>,
+    /// PKCS#11 library of the token that holds pkcs11: root keys
+    #[arg(long, value_name = "FILE")]
+    pub pkcs11_module: Option<PathBuf>,
     /// Configuration file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -40,12 +40,16 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys)
     let uris = open::parse(&[uri.to_string()])?;
     let new = root_keys::new_passphrase(
         passphrase_file,
-        &AccessArgs { config: old.access.config.clone(), ..Default::default() },
+        &AccessArgs {
+            config: old.access.config.clone(),
+            pkcs11_module: old.access.pkcs11_module.clone(),
+            ..Default::default()
+        },
     );
     let made: String = uris.iter().map(root_keys::made).collect();
     if let Some(c) = place.connect()? {
         let passphrase = root_keys::passphrase_for(&uris, &new)?;
-        c.ask(&Request::KeyAdd { uri: uri.to_string(), passphrase }, |_| {})?;
+        c.ask(&Request::KeyAdd { uri: root_keys::for_daemon(uri, &new)?, passphrase }, |_| {})?;
     } else {
         let (_lock, observed, keys) = opened(place, old)?;
         for u in &uris {

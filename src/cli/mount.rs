@@ -162,6 +162,7 @@ fn ours(a: &mut MountArgs, o: &mut Options) -> Result<(), Fault> {
             "key" => a.key.keys.push(value),
             "passphrase_file" => a.key.access.passphrase_file = a.key.access.passphrase_file.take().or(path()),
             "passphrase_command" => a.key.access.passphrase_command = Some(value),
+            "pkcs11_module" => a.key.access.pkcs11_module = a.key.access.pkcs11_module.take().or(path()),
             "config" => a.key.access.config = a.key.access.config.take().or(path()),
             "log_file" => a.log_file = a.log_file.take().or(path()),
             "log_level" => a.log_level = Some(level(&value)?),

@@ -11,8 +11,8 @@ pub struct Options {
     pub remount: bool,
     /// For the kernel.
     pub pass: Vec<String>,
-    /// Ours, with their values, in order: `key`, `passphrase_file`, `passphrase_command`, `config`, `log_file`,
-    /// `log_level`, `audit_log`, `metrics_listen`, `threads`.
+    /// Ours, with their values, in order: `key`, `passphrase_file`, `passphrase_command`, `pkcs11_module`, `config`,
+    /// `log_file`, `log_level`, `audit_log`, `metrics_listen`, `threads`.
     pub ours: Vec<(String, String)>,
 }
 
@@ -54,10 +54,11 @@ const IGNORED: [&str; 13] = [
     "silent",
     "loud",
 ];
-const OURS: [&str; 9] = [
+const OURS: [&str; 10] = [
     "key",
     "passphrase_file",
     "passphrase_command",
+    "pkcs11_module",
     "config",
     "log_file",
     "log_level",

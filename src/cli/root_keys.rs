@@ -27,7 +27,9 @@ pub fn connect_with(a: &AccessArgs, config: &Config) -> ConnectOptions {
         (None, Some(c)) => Some(PassphraseSource::Command(c.clone())),
         (None, None) => None,
     };
-    ConnectOptions { passphrase, services: config.services.clone(), ..Default::default() }
+    let mut services = config.services.clone();
+    services.pkcs11.module = a.pkcs11_module.as_deref().map(absolute).or(services.pkcs11.module);
+    ConnectOptions { passphrase, services, ..Default::default() }
 }
 
 /// How to reach the root keys that open a store: as [`connect_options`], with the recovery key if it is asked for.
@@ -77,6 +79,20 @@ pub fn read_passphrase(a: &AccessArgs, new: bool) -> Result<Hidden, Fault> {
     String::from_utf8(text.to_vec())
         .map(Hidden::new)
         .map_err(|_| Fault::new(FaultKind::RootKey, "passphrase: not UTF-8"))
+}
+
+/// A root key as the daemon is told of it: with the module of the command line, which it cannot know otherwise.
+///
+/// # Errors
+/// [`FaultKind::Usage`] that says what is wrong with `text`.
+pub fn for_daemon(text: &str, a: &AccessArgs) -> Result<String, Fault> {
+    let uri = RootKeyUri::parse(text).map_err(|e| Fault::new(FaultKind::Usage, e.to_string()))?;
+    Ok(match a.pkcs11_module.as_deref() {
+        Some(m) if uri.scheme() == Scheme::Pkcs11 => {
+            uri.with_module_path(&std::path::absolute(m).unwrap_or_else(|_| m.to_path_buf()))
+        }
+        _ => text.to_owned(),
+    })
 }
 
 /// Where a new passphrase comes from: `file`, or else as `otherwise` says.

@@ -33,7 +33,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         Some(c) => {
             let request = RotateRequest {
                 passphrase: passphrase(a)?,
-                keys: a.keys.clone(),
+                keys: a.keys.iter().map(|k| root_keys::for_daemon(k, &a.open.access)).collect::<Result<_, _>>()?,
                 kek: a.kek.map(Into::into),
                 rate: a.rate,
                 jobs: a.jobs,

@@ -13,7 +13,7 @@ fi
 declare -A packages=(
     [cc]=build-essential [make]=build-essential [fusermount3]=fuse3 [getfattr]=attr [getfacl]=acl
     [mkfs.ext4]=e2fsprogs [setcap]=libcap2-bin [python3]=python3 [setpriv]=util-linux [mount]=mount
-    [softhsm2-util]=softhsm2
+    [softhsm2-util]=softhsm2 [pkcs11-tool]=opensc
 )
 PATH=$PATH:/sbin:/usr/sbin
 missing=()

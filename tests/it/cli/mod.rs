@@ -7,6 +7,6 @@ mod lifecycle;
 mod memory;
 mod recovery;
 pub mod support;
-mod terminal;
+pub mod terminal;
 mod transcripts;
 mod unprivileged;

@@ -9,7 +9,11 @@ mod aws;
 mod gcp;
 #[cfg(feature = "aws-kms")]
 mod kms_server;
+#[cfg(feature = "pkcs11")]
+mod pkcs11;
 mod server;
+#[cfg(feature = "pkcs11")]
+mod softhsm;
 #[cfg(feature = "vault")]
 mod vault;
 #[cfg(feature = "vault")]

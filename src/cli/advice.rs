@@ -37,7 +37,10 @@ fn advice(kind: FaultKind, subject: &str) -> String {
         FaultKind::DeadMount => format!("take it away with: envelopefs unmount {s}, then mount again"),
         FaultKind::Busy => format!("see who uses it with: fuser -vm {s}, and try again when they are done"),
         FaultKind::RotationRunning => format!("see how it stands with: envelopefs status {s}"),
-        FaultKind::RootKey => "check the root key's URI, its file and the file's mode".into(),
+        FaultKind::RootKey => {
+            "check the root key's URI and what it stands for (a key file's mode, a service's settings: docs/KEYS.md)"
+                .into()
+        }
         FaultKind::NotEmpty => "use an empty directory".into(),
         FaultKind::Daemon => "see the system log or --log-file, then mount again".into(),
         FaultKind::Config => "compare with config.example.toml".into(),

@@ -56,7 +56,7 @@ pub enum Command {
 /// Where root keys are looked for.
 #[derive(Debug, Args, Default, Clone)]
 pub struct KeySource {
-    /// Root key: passphrase:, keyfile:/PATH; repeat for several. Replaces what the keyring records
+    /// Root key: passphrase:, keyfile:/PATH, aws-kms://…, gcp-kms://…, vault://MOUNT/KEY, pkcs11:…; repeat for several. Replaces what the keyring records
     #[arg(long = "key", value_name = "URI")]
     pub keys: Vec<String>,
     #[command(flatten)]
@@ -201,7 +201,7 @@ pub struct RotateArgs {
     /// Mount point or backing directory
     #[arg(value_name = "MOUNTPOINT|BACKING")]
     pub target: PathBuf,
-    /// Root key for the new KEK: passphrase:, keyfile:/PATH; repeat for several. Without: those of the keyring
+    /// Root key for the new KEK, as for mount; repeat for several. Without: those of the keyring
     #[arg(long = "key", value_name = "URI")]
     pub keys: Vec<String>,
     #[command(flatten)]
@@ -263,7 +263,7 @@ pub enum KeyCommand {
         /// Mount point or backing directory
         #[arg(value_name = "MOUNTPOINT|BACKING")]
         target: PathBuf,
-        /// The new root key: passphrase:, keyfile:/PATH; recovery: makes a recovery key and prints it, once
+        /// The new root key: passphrase:, keyfile:/PATH, aws-kms://…, gcp-kms://…, vault://…, pkcs11:…; recovery: makes a recovery key and prints it, once
         #[arg(value_name = "URI", required_unless_present = "key")]
         uri: Option<String>,
         /// The same as URI

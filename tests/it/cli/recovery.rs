@@ -77,7 +77,7 @@ fn the_recovery_key_opens_a_store_that_lost_its_key_file_and_only_when_asked_for
         "rotate back --dry-run",
         13,
         "DIR/back: root key not found: key file DIR/key: No such file or directory; the recovery key opens it too, with \
-         --recovery; check the root key's URI, its file and the file's mode",
+         --recovery; check the root key's URI and what it stands for (a key file's mode, a service's settings: docs/KEYS.md)",
     );
     let o = b.run("rotate back --dry-run --recovery-file DIR/paper");
     assert_eq!((o.status.code(), b.masked(&o.stderr).as_str()), (Some(0), USED));
@@ -103,7 +103,7 @@ fn a_mistyped_key_is_told_from_a_wrong_one() {
     b.fails(
         "mount back mnt --recovery-file DIR/slip",
         13,
-        "recovery key: mistyped: look at group 3; check the root key's URI, its file and the file's mode",
+        "recovery key: mistyped: look at group 3; check the root key's URI and what it stands for (a key file's mode, a service's settings: docs/KEYS.md)",
     );
     fs::write(b.path("short"), &key[..40]).unwrap();
     let o = b.run("mount back mnt --recovery-file DIR/short");

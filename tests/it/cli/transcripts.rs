@@ -55,7 +55,7 @@ fn init_refuses_bad_root_keys() {
         "init back --key keyfile:DIR/open",
         13,
         "key file DIR/open: mode 0644 lets others at the key; run: chmod 600 DIR/open; \
-         check the root key's URI, its file and the file's mode",
+         check the root key's URI and what it stands for (a key file's mode, a service's settings: docs/KEYS.md)",
     );
     let o = b.run("init back --key vault://transit/k");
     assert_eq!(o.status.code(), Some(13));
@@ -63,7 +63,7 @@ fn init_refuses_bad_root_keys() {
         "init back --passphrase-file DIR/none",
         13,
         "passphrase: DIR/none: No such file or directory; \
-         check the root key's URI, its file and the file's mode",
+         check the root key's URI and what it stands for (a key file's mode, a service's settings: docs/KEYS.md)",
     );
     assert_eq!(fs::read_dir(b.path("back")).unwrap().count(), 0, "nothing was made");
 }

@@ -20,14 +20,14 @@ use std::time::{Duration, Instant};
 const RING: &str = "projects/test-project/locations/europe-west3/keyRings/ring";
 
 /// The fake, with a key `k`.
-struct Fake {
-    server: Server,
+pub struct Fake {
+    pub server: Server,
     port: u16,
     dir: tempfile::TempDir,
 }
 
 impl Fake {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = free_port();
         let fake = Self { server: Self::spawn(&dir, port), port, dir };
@@ -87,7 +87,7 @@ impl Fake {
     }
 
     /// Number of calls of one kind since the last reset.
-    fn calls(&self, operation: &str) -> u64 {
+    pub fn calls(&self, operation: &str) -> u64 {
         self.ask("GET", "/__stats", &Value::Null)["calls"][operation].as_u64().unwrap_or(0)
     }
 
@@ -96,8 +96,13 @@ impl Fake {
         self.ask("GET", "/__stats", &Value::Null)["last"][name].as_str().unwrap_or_default().to_owned()
     }
 
+    /// For the configuration.
+    pub fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
     fn options(&self) -> GcpOptions {
-        let endpoint = Some(format!("http://127.0.0.1:{}", self.port));
+        let endpoint = Some(self.endpoint());
         GcpOptions { endpoint, anonymous: true, ..GcpOptions::default() }
     }
 
@@ -107,13 +112,12 @@ impl Fake {
 
     /// A configuration that leads to it.
     fn configure(&self, b: &Bench, more: &str) {
-        let text =
-            format!("[services.gcp-kms]\nendpoint = \"http://127.0.0.1:{}\"\nanonymous = true\n{more}", self.port);
+        let text = format!("[services.gcp-kms]\nendpoint = \"{}\"\nanonymous = true\n{more}", self.endpoint());
         fs::write(b.path("config.toml"), text).unwrap();
     }
 }
 
-fn uri(key: &str) -> String {
+pub fn uri(key: &str) -> String {
     format!("gcp-kms://{RING}/cryptoKeys/{key}")
 }
 

@@ -5,6 +5,8 @@
 mod bao;
 #[cfg(feature = "aws-kms")]
 mod aws;
+#[cfg(all(feature = "aws-kms", feature = "gcp-kms", feature = "pkcs11", feature = "vault"))]
+mod chain;
 #[cfg(feature = "gcp-kms")]
 mod gcp;
 #[cfg(feature = "aws-kms")]

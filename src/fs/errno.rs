@@ -7,6 +7,8 @@
 //! | stored bytes do not authenticate | `EIO` | what a disk says of a bad sector; the log names file, block and code |
 //! | the file's KEK was destroyed | `EKEYREVOKED` | nothing will bring the content back but a backup of the keyring |
 //! | no such KEK or root key, service unreachable or throttled, no credentials | `ENOKEY` | "required key not available"; may pass |
+//! | the keys are locked | `ENOKEY` | `unlock` brings them back |
+//! | the service has been silent for longer than `offline_grace` | `ENOKEY` | may pass; nobody has decided anything |
 //! | the service refuses this caller, or the wrapped bytes | `EKEYREJECTED` | `EACCES` would send people to look at mode bits |
 //! | the root key is disabled | `EKEYREVOKED` | somebody did that on purpose |
 //! | the backing directory's own error | as it is | but see [`of_backing`] |
@@ -38,7 +40,7 @@ pub fn of(e: &StoreError) -> i32 {
         StoreError::NoAttribute => libc::ENODATA,
         StoreError::NotSupported => libc::EOPNOTSUPP,
         StoreError::NoSuchOffset => libc::ENXIO,
-        StoreError::WrongKey(_) => libc::ENOKEY,
+        StoreError::WrongKey(_) | StoreError::KeysLocked => libc::ENOKEY,
         StoreError::Locked(_) => libc::EBUSY,
         StoreError::NotAStore(_) => libc::EIO,
     }
@@ -141,6 +143,8 @@ mod tests {
         assert_eq!(of(&Damage::KekDestroyed(id).into()), libc::EKEYREVOKED);
         assert_eq!(of(&Damage::KekUnknown(id).into()), libc::ENOKEY);
         assert_eq!(of(&Damage::WrapAuth(id).into()), libc::EIO);
+        assert_eq!(of(&StoreError::KeysLocked), libc::ENOKEY);
+        assert_eq!(gravity(&StoreError::KeysLocked), Gravity::Expected, "thousands of them say nothing new");
         assert_eq!(of(&KmsError::Unreachable(String::new()).into()), libc::ENOKEY);
         assert_eq!(of(&KmsError::Denied(String::new()).into()), libc::EKEYREJECTED);
         assert_eq!(of(&KmsError::Disabled(String::new()).into()), libc::EKEYREVOKED);

@@ -52,6 +52,9 @@ pub enum StoreError {
     /// No root key given opens the keyring.
     #[error("none of the root keys opens this store: {0}")]
     WrongKey(String),
+    /// The keys were locked; `unlock` brings them back. ENOKEY.
+    #[error("the keys of this store are locked")]
+    KeysLocked,
     /// Another process has the store.
     #[error("store is in use by another process: {0}")]
     Locked(String),
@@ -75,6 +78,7 @@ impl StoreError {
             Self::NotAStore(_) => "not-a-store",
             Self::WrongKey(_) => "wrong-key",
             Self::Locked(_) => "locked",
+            Self::KeysLocked => "keys-locked",
             Self::KeyState(_) => "key-state",
             _ => "other",
         };

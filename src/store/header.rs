@@ -8,7 +8,7 @@
 //! * nothing is wrapped under a KEK that is not active.
 
 use super::error::{Result, StoreError};
-use super::keys::KekHandle;
+use super::keys::{KekHandle, KekKind};
 use super::shared::Shared;
 use crate::backing::{self, Backing};
 use crate::crypto::secret::Dek;
@@ -62,8 +62,10 @@ pub fn is_unborn(size: u64, d: &Damage) -> bool {
 /// both hold the same DEK, and what opens is authentic either way.
 ///
 /// # Errors
-/// [`Damage`] for whatever is wrong with the authoritative slot; the key service's errors.
+/// As [`super::keys::Keys::may_open`]; [`Damage`] for whatever is wrong with the authoritative slot; the key service's.
 pub fn open_dek<B: Backing>(shared: &Shared<B>, pair: &SlotPair) -> Result<(Arc<Dek>, Slot)> {
+    // Also for a DEK that the cache has.
+    shared.keys.may_open()?;
     let (copy, slot) = pair.authoritative()?;
     let first = match unwrap_cached(shared, slot) {
         Ok(dek) => return Ok((dek, slot.clone())),
@@ -91,7 +93,10 @@ fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Arc<Dek>
     let opened = shared.keys.kek(slot.kek).and_then(|kek| unwrap_slot(&kek, slot));
     watch.ended(Operation::Unwrap, slot.file, slot.kek, None, &opened);
     let dek = Arc::new(opened?);
-    shared.deks.put(slot.file, Arc::clone(&dek));
+    // A refusal that came during the call has emptied the cache already.
+    if !shared.keys.is_refused() {
+        shared.deks.put(slot.file, Arc::clone(&dek));
+    }
     Ok(dek)
 }
 
@@ -115,15 +120,35 @@ pub fn unwrap_slot(kek: &KekHandle, slot: &Slot) -> Result<Dek> {
 /// # Errors
 /// The key service's; [`Damage::WrapAuth`] if what it returned does not unwrap to the same DEK.
 pub fn wrap_slot(kek: &KekHandle, slot: &Slot, dek: &Dek, sequence: u64) -> Result<Slot> {
+    let new = wrap_unproved(kek, slot, dek, sequence)?;
+    if !unwrap_slot(kek, &new)?.secret().ct_eq(dek.secret()) {
+        return Err(Damage::WrapAuth(kek.id()).into());
+    }
+    Ok(new)
+}
+
+/// The slot of a new file.
+///
+/// Of kind external it is not proved by a second call, so that a create is one call to the service. A rewrap is always
+/// proved, because it is about to overwrite the one wrap that is known to open; here there is no such wrap and no content
+/// yet. What is left to chance is a service that wraps and cannot unwrap: that it can was proved when the KEK was staged
+/// and is proved again by every refresh; its AEAD binds the context; and its provider checks what it can of the answer
+/// (the key's name, checksums). What no check finds then costs the new file, with an error at its next open, and nothing
+/// that was there before.
+fn wrap_new(kek: &KekHandle, slot: &Slot, dek: &Dek) -> Result<Slot> {
+    match kek.kind() {
+        KekKind::Sealed => wrap_slot(kek, slot, dek, 1),
+        KekKind::External => wrap_unproved(kek, slot, dek, 1),
+    }
+}
+
+fn wrap_unproved(kek: &KekHandle, slot: &Slot, dek: &Dek, sequence: u64) -> Result<Slot> {
     let mut new = slot.clone();
     new.sequence = sequence;
     new.kek = kek.id();
     new.wrap_suite = kek.wrap_suite();
     new.wrapped = kek.wrap(&new.wrap_aad(), new.file, dek)?;
     if new.wrapped.is_empty() || new.wrapped.len() > WRAPPED_MAX {
-        return Err(Damage::WrapAuth(kek.id()).into());
-    }
-    if !unwrap_slot(kek, &new)?.secret().ct_eq(dek.secret()) {
         return Err(Damage::WrapAuth(kek.id()).into());
     }
     Ok(new)
@@ -144,7 +169,7 @@ pub fn with_new_header<B: Backing, R>(
     shared.keys.permit()?;
     shared.keys.with_active(|kek| {
         let watch = shared.keys.watch();
-        let wrapped = wrap_slot(kek, &plain, &dek, 1);
+        let wrapped = wrap_new(kek, &plain, &dek);
         watch.ended(Operation::Wrap, file, kek.id(), None, &wrapped);
         let slot = wrapped?;
         let r = write(Arc::clone(&dek), &slot)?;

@@ -7,9 +7,12 @@
 //!
 //! The caller holds the store's lock: one process at a time changes a keyring.
 
+pub mod authority;
 mod change;
 mod disk;
+mod gate;
 mod handle;
+mod lock;
 mod observe;
 mod refresh;
 mod roots;
@@ -18,6 +21,7 @@ mod tests;
 
 pub use crate::format::keyring::{KekKind, KekState};
 pub use disk::{BadCopy, COPIES, FOLDER};
+pub use gate::{KeyStanding, KeyState, LockedBy, Phase};
 pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
 pub use observe::Watch;
 pub use refresh::RefreshedRoot;
@@ -32,6 +36,7 @@ use crate::format::keyring::{INCOMPAT_PLAINTEXT_NAMES, KekRecord, Keyring, RootK
 use crate::kms::event::Observer;
 use crate::kms::{KeyProvider, recovery};
 use crate::store::{Result, StoreError};
+use gate::Gate;
 use parking_lot::{Mutex, RwLock};
 use roots::{Connected, Object, Opened};
 use std::io;
@@ -63,6 +68,9 @@ pub struct Keys {
     state: RwLock<State>,
     /// Held through every change of the keyring on disk.
     update: Mutex<()>,
+    /// Held through a refresh.
+    refreshing: Mutex<()>,
+    gate: Arc<Gate>,
     damaged: Vec<BadCopy>,
     passed_over: Vec<PassedOver>,
     /// Who is told what becomes of keys.
@@ -225,22 +233,7 @@ impl Keys {
     }
 
     fn open_with(ring: Keyring, secret: StoreSecret, first: Connected, root: &[Arc<dyn KeyProvider>]) -> Result<Self> {
-        let mut spare: Vec<_> = root.iter().filter(|p| !Arc::ptr_eq(p, &first.provider)).cloned().collect();
-        let mut connected = vec![first];
-        let mut opened = roots::open_keks(&ring, &connected);
-        if !opened.unusable.is_empty() && !spare.is_empty() {
-            for p in std::mem::take(&mut spare) {
-                match roots::recognise(&ring, &p) {
-                    Ok(Some(c)) if !c.wraps_only() => connected.push(c),
-                    Ok(_) => {}
-                    Err(_) => spare.push(p),
-                }
-            }
-            opened = roots::open_keks(&ring, &connected);
-        }
-        for (id, why) in &opened.unusable {
-            tracing::warn!(kek = %id, %why, "KEK cannot be used");
-        }
+        let (connected, opened, spare) = connect_all(&ring, first, root);
         Self::build(ring, secret, opened, connected, spare)
     }
 
@@ -256,6 +249,8 @@ impl Keys {
             let why = opened.unusable.get(&active).cloned();
             return Err(why.map_or(StoreError::Damage(Damage::KekUnknown(active)), StoreError::Kms));
         };
+        let gate = Arc::new(Gate::new());
+        opened.handles.values().for_each(|h| h.report_to(&gate));
         Ok(Self {
             store: ring.store,
             flags: StoreFlags { plaintext_names: ring.plaintext_names() },
@@ -263,6 +258,8 @@ impl Keys {
             active: RwLock::new(handle),
             state: RwLock::new(State { ring, opened, connected, spare }),
             update: Mutex::new(()),
+            refreshing: Mutex::new(()),
+            gate,
             damaged: Vec::new(),
             passed_over: Vec::new(),
             observer: OnceLock::new(),
@@ -321,9 +318,10 @@ impl Keys {
     /// The KEK `id`, active or retired, to unwrap with.
     ///
     /// # Errors
-    /// [`Damage::KekUnknown`], [`Damage::KekDestroyed`]; [`StoreError::KeyState`] if it is pending: nothing was
+    /// As [`Keys::may_open`]; [`Damage::KekUnknown`], [`Damage::KekDestroyed`]; [`StoreError::KeyState`] if it is pending: nothing was
     /// wrapped under it; [`StoreError::Kms`] if no root key at hand opened it.
     pub fn kek(&self, id: KekId) -> Result<Arc<KekHandle>> {
+        self.gate.may_open()?;
         let state = self.state.read().ring.kek(id).map(|k| k.state);
         match state {
             None => Err(Damage::KekUnknown(id).into()),
@@ -342,6 +340,32 @@ impl Keys {
             (None, None) => Err(Damage::KekUnknown(id).into()),
         }
     }
+}
+
+/// Opens the KEKs of `ring` with the root key `first`, and with the others of `root` what that one does not open. Returns
+/// the root keys that were needed, the KEKs, and the providers that were not needed.
+fn connect_all(
+    ring: &Keyring,
+    first: Connected,
+    root: &[Arc<dyn KeyProvider>],
+) -> (Vec<Connected>, Opened, Vec<Arc<dyn KeyProvider>>) {
+    let mut spare: Vec<_> = root.iter().filter(|p| !Arc::ptr_eq(p, &first.provider)).cloned().collect();
+    let mut connected = vec![first];
+    let mut opened = roots::open_keks(ring, &connected);
+    if !opened.unusable.is_empty() && !spare.is_empty() {
+        for p in std::mem::take(&mut spare) {
+            match roots::recognise(ring, &p) {
+                Ok(Some(c)) if !c.wraps_only() => connected.push(c),
+                Ok(_) => {}
+                Err(_) => spare.push(p),
+            }
+        }
+        opened = roots::open_keks(ring, &connected);
+    }
+    for (id, why) in &opened.unusable {
+        tracing::warn!(kek = %id, %why, "KEK cannot be used");
+    }
+    (connected, opened, spare)
 }
 
 fn report(damaged: &[BadCopy]) {

@@ -63,7 +63,8 @@ impl<B: Backing> Store<B> {
     /// Makes a regular file (`O_EXCL`) and opens it for reading and writing.
     ///
     /// # Errors
-    /// [`StoreError::Exists`], [`StoreError::ReadOnly`], those of [`Store::lookup`]. Nothing stays after an error.
+    /// [`StoreError::Exists`], [`StoreError::ReadOnly`], those of [`Store::lookup`] and of
+    /// [`super::keys::Keys::may_open`]. Nothing stays after an error.
     pub fn create(
         &self,
         dir: &Arc<Node<B>>,
@@ -72,6 +73,8 @@ impl<B: Backing> Store<B> {
         umask: u32,
         owner: Option<Owner>,
     ) -> Result<(Arc<Node<B>>, Attr, OpenFile<B>)> {
+        // Its first write will need the active KEK, and may reach us when nobody can be told of an error any more.
+        self.shared().keys.may_open()?;
         let b = self.backing();
         let make = |fd: &B::Node, name: &Encoded| {
             // Never setuid as root, not for an instant: see `give`.

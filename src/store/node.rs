@@ -419,6 +419,11 @@ impl<B: Backing> Table<B> {
         Ok(core)
     }
 
+    /// Every file core that lives.
+    pub fn cores(&self) -> Vec<Arc<FileCore<B>>> {
+        self.cores.lock().by_key.values().filter_map(Weak::upgrade).collect()
+    }
+
     /// Takes in the core of a file that was just made, unless somebody has found the file by its new name and opened it
     /// already: then theirs is the one, and returned.
     pub fn put_core(&self, key: InodeKey, core: &Arc<FileCore<B>>) -> Option<Arc<FileCore<B>>> {

@@ -59,6 +59,7 @@ impl<B: Backing> FileCore<B> {
         (inner.clean, inner.sparse, inner.truncating, inner.unclean_durable) = (false, false, false, false);
         (inner.promised, inner.resized, inner.tail_on_disk, inner.keys) = (false, false, None, None);
         inner.stale = false;
+        inner.dropped = None;
         inner.cut_pending = false;
         self.segments.clear();
         self.set_recovering(false);
@@ -108,6 +109,10 @@ impl<B: Backing> FileCore<B> {
     pub(super) fn refresh(&self, inner: &mut Inner<B>) -> Result<()> {
         if !inner.stale {
             return Ok(());
+        }
+        if let Some(was) = inner.dropped {
+            inner.keys = Some(self.keys_again(inner, was)?);
+            inner.dropped = None;
         }
         let file = Arc::clone(inner.backing_file()?);
         let backing_size = self.shared.backing.stat_file(&file)?.size;

@@ -12,12 +12,14 @@
 
 mod io;
 mod load;
+mod lock;
 mod resize;
 mod segment;
 mod settle;
 #[cfg(test)]
 mod tests;
 
+pub(in crate::store) use lock::Leaving;
 pub use resize::FileAllocate;
 pub use settle::SettleQueue;
 
@@ -41,6 +43,7 @@ pub(super) struct FileKeys {
     /// Pins the DEK in the cache's accounting while the file is open.
     _dek: Arc<Dek>,
     pub(super) file: FileId,
+    commitment: [u8; 32],
     content: BlockCipher,
     state: BlockCipher,
     /// The header has no flag that forbids this program to write.
@@ -54,6 +57,7 @@ impl FileKeys {
             content: derive(label::CONTENT),
             state: derive(label::STATE),
             file: slot.file,
+            commitment: slot.commitment,
             writable: slot.writable(),
             _dek: dek,
         }
@@ -95,6 +99,8 @@ struct Inner<B: Backing> {
     cut_pending: bool,
     /// Waits in the settle queue.
     settling: bool,
+    /// A lock took the keys away: they must come back from this header. Always `stale` too.
+    dropped: Option<lock::Dropped>,
     /// A change failed half-way and what is here may not be what the disk has: to be read again before any use.
     stale: bool,
 }
@@ -138,6 +144,7 @@ impl<B: Backing> FileCore<B> {
                 tail_on_disk: None,
                 cut_pending: false,
                 settling: false,
+                dropped: None,
                 stale: false,
             }),
             segments: Segments::new(),
@@ -172,14 +179,15 @@ impl<B: Backing> FileCore<B> {
     /// Opens a handle. Reads the header and segment 0's state and unwraps the DEK unless another handle has done so.
     ///
     /// # Errors
-    /// [`Damage`] if the header or the length is not what was sealed, the key service's errors, the backing
-    /// directory's, [`StoreError::ReadOnly`].
+    /// As [`super::keys::Keys::may_open`]: however little this file may need a key; [`Damage`] if the header or the length
+    /// is not what was sealed, the key service's errors, the backing directory's, [`StoreError::ReadOnly`].
     pub fn open(self: &Arc<Self>, access: Access) -> Result<OpenFile<B>> {
         let writer = access == Access::ReadWrite;
         if writer && self.shared.read_only {
             return Err(StoreError::ReadOnly);
         }
         let mut inner = self.inner.write();
+        self.shared.keys.may_open()?;
         if inner.file.is_none() {
             self.load(&mut inner, access)?;
         } else if writer && inner.access == Access::Read {
@@ -209,6 +217,7 @@ impl<B: Backing> FileCore<B> {
         if inner.opens == 0 && !inner.settling {
             inner.file = None;
             inner.keys = None;
+            inner.dropped = None;
             inner.tail_on_disk = None;
             self.segments.clear();
         }
@@ -219,6 +228,7 @@ impl<B: Backing> FileCore<B> {
     /// # Errors
     /// As [`FileCore::open`] and [`OpenFile::set_len`].
     pub fn set_len(self: &Arc<Self>, len: u64) -> Result<()> {
+        self.shared.keys.may_change()?;
         // An empty result needs neither header nor key: a file whose KEK is gone can still be emptied.
         if len == 0 && self.empty_closed()? {
             return Ok(());
@@ -340,6 +350,7 @@ impl<B: Backing> OpenFile<B> {
     /// Runs a change with the file's lock held exclusively.
     fn change(&self, f: impl FnOnce(&FileCore<B>, &mut Inner<B>) -> Result<()>) -> Result<()> {
         let mut inner = self.core.inner.write();
+        self.core.shared.keys.may_change()?;
         self.core.refresh(&mut inner)?;
         let r = f(&self.core, &mut inner);
         self.core.after_change(&mut inner, r)

@@ -101,6 +101,13 @@ impl<B: Backing> OpenFile<B> {
     /// The backing directory's.
     pub fn sync(&self) -> Result<()> {
         let core = &self.core;
+        {
+            let inner = core.inner.read();
+            if inner.dropped.is_some() {
+                // Nothing is left to be said of it in its states: a lock has done that.
+                return self.tell(core.barrier(&inner));
+            }
+        }
         let synced = {
             let inner = self.read_lock()?;
             let r = core.barrier(&inner);

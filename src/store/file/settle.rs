@@ -130,7 +130,7 @@ impl<B: Backing> FileCore<B> {
         }
     }
 
-    fn mark_clean_or_log(&self, inner: &mut Inner<B>) {
+    pub(super) fn mark_clean_or_log(&self, inner: &mut Inner<B>) {
         let Some(keys) = inner.keys.clone() else { return };
         if self.lost_a_barrier() {
             // A barrier that succeeds after one that failed proves nothing.

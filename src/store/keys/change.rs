@@ -1,5 +1,6 @@
 //! Changes of the keyring: KEKs staged, made active, retired, destroyed; root keys added and removed.
 
+use super::gate::Phase;
 use super::roots::{self, Connected, Object};
 use super::{
     COPIES, Keys, Proof, disk, encode, new_handle, now, pending, prove, refuse, refuse_recovery_beside_external,
@@ -51,6 +52,7 @@ impl Keys {
         let first = same.or(targets.iter().map(|c| c.id).find(|id| !roots::is_recovery(&ring, *id)));
         let mut record = pending(kind, first.filter(|_| kind == KekKind::External));
         let handle = Arc::new(new_handle(self.store, &record, Secret32::random(), &targets)?);
+        handle.report_to(&self.gate);
         let object = Object::Kek(record.id);
         for c in &targets {
             record.wraps.push(roots::wrap(c, self.store, object, handle.key())?);
@@ -267,6 +269,10 @@ impl Keys {
     /// # Errors
     /// [`StoreError::WrongKey`] if it is none; its own.
     pub fn connect_root(&self, provider: &Arc<dyn KeyProvider>) -> Result<RootKeyId> {
+        let _update = self.update.lock();
+        if self.gate.phase() != Phase::Open {
+            return Err(StoreError::KeysLocked);
+        }
         let ring = self.snapshot();
         let Some(c) = roots::recognise(&ring, provider)?.filter(|c| !c.wraps_only()) else {
             return Err(StoreError::WrongKey(format!("{} is none of them", roots::name_of(provider.as_ref()))));
@@ -294,6 +300,9 @@ impl Keys {
 
     /// A copy of the keyring in force, if this program may change it.
     pub(super) fn to_change(&self) -> Result<Keyring> {
+        if self.gate.phase() != Phase::Open {
+            return Err(StoreError::KeysLocked);
+        }
         let ring = self.snapshot();
         if ring.read_only() {
             return refuse("the store has features this program does not know: it may only be read; use a newer one");
@@ -420,7 +429,7 @@ impl Keys {
     }
 }
 
-fn connect(connected: &mut Vec<Connected>, c: Connected) {
+pub(super) fn connect(connected: &mut Vec<Connected>, c: Connected) {
     if connected.iter().all(|x| x.id != c.id) {
         connected.push(c);
     }

@@ -1,5 +1,6 @@
 //! One usable KEK.
 
+use super::gate::Gate;
 use crate::crypto::aead::GcmSiv;
 use crate::crypto::kdf::{derive, label};
 use crate::crypto::secret::{Dek, Secret32};
@@ -8,8 +9,8 @@ use crate::format::ids::{FileId, KekId, StoreId};
 use crate::format::keyring::KekKind;
 use crate::kms::{KeyProvider, KeyPurpose, KmsError, WRAPPED_MAX, WrapContext};
 use crate::store::{Result, StoreError};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Wrap suite 1: 60 bytes, AES-256-GCM-SIV under derive(KEK, KEK_WRAP, kek id).
 pub const WRAP_SEALED: u16 = 1;
@@ -20,6 +21,8 @@ enum Wrapper {
     /// derive(KEK, KEK_WRAP, kek id).
     Sealed(Secret32),
     External(Arc<dyn KeyProvider>),
+    /// Dropped by a lock.
+    Gone,
 }
 
 /// One usable KEK. Unwraps in any state; wraps only while it is the active one.
@@ -30,6 +33,8 @@ pub struct KekHandle {
     key: Secret32,
     wrapper: Wrapper,
     may_wrap: AtomicBool,
+    /// Kind external: who wants to know how its calls end.
+    gate: OnceLock<Arc<Gate>>,
 }
 
 impl std::fmt::Debug for KekHandle {
@@ -42,12 +47,38 @@ impl KekHandle {
     /// A sealed KEK, not allowed to wrap yet.
     pub(super) fn sealed(store: StoreId, id: KekId, key: Secret32) -> Self {
         let wrapper = Wrapper::Sealed(derive(&key, label::KEK_WRAP, id.as_bytes()));
-        Self { id, store, key, wrapper, may_wrap: AtomicBool::new(false) }
+        Self { id, store, key, wrapper, may_wrap: AtomicBool::new(false), gate: OnceLock::new() }
     }
 
     /// An external KEK, not allowed to wrap yet.
     pub(super) fn external(store: StoreId, id: KekId, probe: Secret32, provider: Arc<dyn KeyProvider>) -> Self {
-        Self { id, store, key: probe, wrapper: Wrapper::External(provider), may_wrap: AtomicBool::new(false) }
+        let wrapper = Wrapper::External(provider);
+        Self { id, store, key: probe, wrapper, may_wrap: AtomicBool::new(false), gate: OnceLock::new() }
+    }
+
+    /// What stands in the place of a KEK that a lock has dropped: its name, and no key.
+    pub(super) fn gone(store: StoreId, id: KekId) -> Self {
+        let key = Secret32::build(|_| {});
+        Self { id, store, key, wrapper: Wrapper::Gone, may_wrap: AtomicBool::new(false), gate: OnceLock::new() }
+    }
+
+    /// Whether a lock has dropped the key.
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(self.wrapper, Wrapper::Gone)
+    }
+
+    /// From now on `gate` hears how calls to the provider end while this is the active KEK.
+    pub(super) fn report_to(&self, gate: &Arc<Gate>) {
+        if matches!(self.wrapper, Wrapper::External(_)) {
+            let _ = self.gate.set(gate.clone());
+        }
+    }
+
+    fn report<T>(&self, r: &std::result::Result<T, KmsError>) {
+        // Only the active KEK's provider speaks for the store.
+        if let Some(gate) = self.gate.get().filter(|_| self.may_wrap.load(Ordering::SeqCst)) {
+            gate.called(r.as_ref().map(|_| ()));
+        }
     }
 
     pub(super) fn set_may_wrap(&self, may: bool) {
@@ -67,7 +98,7 @@ impl KekHandle {
     /// How it wraps.
     pub fn kind(&self) -> KekKind {
         match self.wrapper {
-            Wrapper::Sealed(_) => KekKind::Sealed,
+            Wrapper::Sealed(_) | Wrapper::Gone => KekKind::Sealed,
             Wrapper::External(_) => KekKind::External,
         }
     }
@@ -75,7 +106,7 @@ impl KekHandle {
     /// The number of its wraps' layout, for the slot: [`WRAP_SEALED`] or [`WRAP_EXTERNAL`].
     pub fn wrap_suite(&self) -> u16 {
         match self.wrapper {
-            Wrapper::Sealed(_) => WRAP_SEALED,
+            Wrapper::Sealed(_) | Wrapper::Gone => WRAP_SEALED,
             Wrapper::External(_) => WRAP_EXTERNAL,
         }
     }
@@ -89,6 +120,9 @@ impl KekHandle {
     /// # Errors
     /// [`StoreError::KeyState`] if this KEK is not the active one (any more); the provider's for kind external.
     pub fn wrap(&self, aad: &[u8], file: FileId, dek: &Dek) -> Result<Vec<u8>> {
+        if self.is_gone() {
+            return Err(StoreError::KeysLocked);
+        }
         if !self.may_wrap.load(Ordering::SeqCst) {
             return Err(StoreError::KeyState(format!(
                 "KEK {} is not active: nothing may be wrapped under it",
@@ -97,7 +131,12 @@ impl KekHandle {
         }
         match &self.wrapper {
             Wrapper::Sealed(k) => Ok(GcmSiv::wrap(k, aad, dek.secret()).to_vec()),
-            Wrapper::External(p) => bounded(p.wrap(dek.secret(), &self.context(aad, file))?).map_err(Into::into),
+            Wrapper::External(p) => {
+                let wrapped = p.wrap(dek.secret(), &self.context(aad, file));
+                self.report(&wrapped);
+                bounded(wrapped?).map_err(Into::into)
+            }
+            Wrapper::Gone => Err(StoreError::KeysLocked),
         }
     }
 
@@ -110,11 +149,16 @@ impl KekHandle {
         let auth = Damage::WrapAuth(self.id);
         match &self.wrapper {
             Wrapper::Sealed(k) => GcmSiv::unwrap(k, aad, wrapped).map(Dek::from_secret).map_err(|_| auth.into()),
-            Wrapper::External(p) => match p.unwrap(wrapped, &self.context(aad, file)) {
-                Ok(k) => Ok(Dek::from_secret(k)),
-                Err(KmsError::BadCiphertext(_)) => Err(auth.into()),
-                Err(e) => Err(e.into()),
-            },
+            Wrapper::External(p) => {
+                let dek = p.unwrap(wrapped, &self.context(aad, file));
+                self.report(&dek);
+                match dek {
+                    Ok(k) => Ok(Dek::from_secret(k)),
+                    Err(KmsError::BadCiphertext(_)) => Err(auth.into()),
+                    Err(e) => Err(e.into()),
+                }
+            }
+            Wrapper::Gone => Err(StoreError::KeysLocked),
         }
     }
 }

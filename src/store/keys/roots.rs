@@ -161,17 +161,26 @@ pub type PassedOver = (String, KmsError);
 /// provider answers, denial included, the next one is tried.
 ///
 /// # Errors
-/// [`Damage::KeyringMac`]; [`StoreError::WrongKey`] if every provider answered and none is a root key; else the first
-/// error of a provider that could not answer.
+/// [`Damage::KeyringMac`]; those of [`first_that_opens`].
 pub fn unlock(d: &Decoded, providers: &[Arc<dyn KeyProvider>]) -> Result<(StoreSecret, Connected, Vec<PassedOver>)> {
+    let (c, key, passed_over) = first_that_opens(&d.keyring, providers)?;
+    let secret = StoreSecret::from_secret(key);
+    if is_authentic(&secret, d) { Ok((secret, c, passed_over)) } else { Err(Damage::KeyringMac.into()) }
+}
+
+/// The first provider that opens the store secret of `ring`, what it opened to, and those that did not.
+///
+/// # Errors
+/// [`StoreError::WrongKey`] if every provider answered and none is a root key; else the first error of a provider that
+/// could not answer.
+pub fn first_that_opens(
+    ring: &Keyring,
+    providers: &[Arc<dyn KeyProvider>],
+) -> Result<(Connected, Secret32, Vec<PassedOver>)> {
     let (mut passed_over, mut no_answer) = (Vec::new(), None);
     for p in providers.iter().filter(|p| !wraps_only(p.as_ref())) {
-        match identify(&d.keyring, p) {
-            Ok(Some((c, key))) => {
-                let secret = StoreSecret::from_secret(key);
-                let genuine = is_authentic(&secret, d);
-                return if genuine { Ok((secret, c, passed_over)) } else { Err(Damage::KeyringMac.into()) };
-            }
+        match identify(ring, p) {
+            Ok(Some((c, key))) => return Ok((c, key, passed_over)),
             Ok(None) => {
                 let why = KmsError::BadCiphertext("it is none of this store's".into());
                 passed_over.push((name_of(p.as_ref()), why));
@@ -186,7 +195,7 @@ pub fn unlock(d: &Decoded, providers: &[Arc<dyn KeyProvider>]) -> Result<(StoreS
         Some(e) => Err(e.into()),
         None => {
             let tried: Vec<String> = passed_over.into_iter().map(|(uri, _)| uri).collect();
-            let known: Vec<&str> = d.keyring.roots.iter().map(|r| r.uri.as_str()).collect();
+            let known: Vec<&str> = ring.roots.iter().map(|r| r.uri.as_str()).collect();
             Err(StoreError::WrongKey(format!("tried {}; it was locked with {}", tried.join(", "), known.join(", "))))
         }
     }

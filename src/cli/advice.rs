@@ -24,6 +24,7 @@ fn advice(kind: FaultKind, subject: &str) -> String {
         FaultKind::Unreachable => "check the network and the service, then try again; nothing was changed".into(),
         FaultKind::Denied => "check permissions and credentials, then try again".into(),
         FaultKind::Locked => format!("see who with: envelopefs status {s}; unmount it there first"),
+        FaultKind::KeysLocked => format!("bring them back with: envelopefs unlock {s}"),
         FaultKind::Damage => {
             format!("look closer with: envelopefs check --deep {s}; restore what it names from a backup")
         }

@@ -20,6 +20,10 @@ pub enum Command {
     Mount(MountArgs),
     /// Unmount, and wait until everything is written back
     Unmount(UnmountArgs),
+    /// Drop every key of a mounted store now: files give ENOKEY until unlock
+    Lock(LockArgs),
+    /// Bring the keys of a locked store back
+    Unlock(UnlockArgs),
     /// Say what a store is and how it stands
     Status(StatusArgs),
     /// Re-wrap every file's key under a new KEK, mounted or not
@@ -184,6 +188,22 @@ pub struct MountArgs {
 #[derive(Debug, Args)]
 pub struct UnmountArgs {
     pub mountpoint: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct LockArgs {
+    /// Mount point, or backing directory of a mounted store
+    #[arg(value_name = "MOUNTPOINT|BACKING")]
+    pub target: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct UnlockArgs {
+    /// Mount point, or backing directory of a mounted store
+    #[arg(value_name = "MOUNTPOINT|BACKING")]
+    pub target: PathBuf,
+    #[command(flatten)]
+    pub key: KeySource,
 }
 
 #[derive(Debug, Args)]

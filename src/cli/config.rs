@@ -2,6 +2,7 @@
 
 use crate::daemon::audit::OnError;
 use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::keys::OnDenied;
 use crate::daemon::process;
 use crate::kms::services::Services;
 use serde::Deserialize;
@@ -37,6 +38,12 @@ pub struct Defaults {
     pub audit_fsync_ms: Option<u64>,
     /// Where a mounted store's metrics are served.
     pub metrics_listen: Option<String>,
+    /// Seconds between two questions to the key service whether it still unwraps.
+    pub refresh: Option<u64>,
+    /// Seconds for which files can be opened while the key service does not answer.
+    pub offline_grace: Option<u64>,
+    /// What becomes of open files when the key service refuses.
+    pub on_denied: Option<OnDenied>,
 }
 
 /// `dek_cache`: how long file keys stay in memory after their last use.
@@ -82,6 +89,13 @@ pub struct StoreConfig {
     pub audit_on_error: Option<OnError>,
     #[serde(default)]
     pub metrics_listen: Option<String>,
+    /// As in `[defaults]`.
+    #[serde(default)]
+    pub refresh: Option<u64>,
+    #[serde(default)]
+    pub offline_grace: Option<u64>,
+    #[serde(default)]
+    pub on_denied: Option<OnDenied>,
 }
 
 impl Config {
@@ -146,6 +160,9 @@ mod tests {
         assert!(c.defaults.dek_cache.entries.is_some() && c.defaults.threads.is_some());
         let p = &c.services.pkcs11;
         assert!(p.module.is_some() && p.token.is_some() && p.pin_file.is_some() && text.contains("pin_command"));
+        let d = &c.defaults;
+        assert!(d.refresh.is_some() && d.offline_grace.is_some() && d.on_denied == Some(OnDenied::Keep));
+        assert_eq!(c.store["mail"].on_denied, Some(OnDenied::Drop));
         for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"]
             .iter()
             .chain(&["audit_log", "audit_on_error", "audit_fsync_ms", "metrics_listen"])

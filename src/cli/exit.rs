@@ -24,11 +24,12 @@ pub enum Exit {
     Daemon = 15,
     Config = 16,
     Fuse = 17,
+    KeysLocked = 18,
 }
 
 impl Exit {
     /// All of them, in order.
-    pub const ALL: [Exit; 18] = [
+    pub const ALL: [Exit; 19] = [
         Exit::Done,
         Exit::Other,
         Exit::Usage,
@@ -47,6 +48,7 @@ impl Exit {
         Exit::Daemon,
         Exit::Config,
         Exit::Fuse,
+        Exit::KeysLocked,
     ];
 
     /// The number.
@@ -77,6 +79,7 @@ impl Exit {
             Exit::Daemon => "daemon died or does not answer",
             Exit::Config => "configuration file cannot be used",
             Exit::Fuse => "FUSE not available or not permitted",
+            Exit::KeysLocked => "keys of the mounted store are locked",
         }
     }
 }
@@ -101,6 +104,7 @@ impl From<FaultKind> for Exit {
             FaultKind::Daemon | FaultKind::DeadMount => Exit::Daemon,
             FaultKind::Config => Exit::Config,
             FaultKind::Fuse => Exit::Fuse,
+            FaultKind::KeysLocked => Exit::KeysLocked,
         }
     }
 }

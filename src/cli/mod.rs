@@ -10,6 +10,7 @@ pub mod generate;
 pub mod init;
 pub mod inspect;
 pub mod key;
+pub mod lock;
 pub mod metrics;
 pub mod mount;
 pub mod options;
@@ -70,6 +71,8 @@ fn run(c: Command, after: &[OsString]) -> Result<Exit, Fault> {
         // The only one whose process may end with a failure that another one tells.
         Command::Mount(a) => return mount::run(a, after),
         Command::Unmount(a) => unmount::run(&a),
+        Command::Lock(a) => lock::lock(&a),
+        Command::Unlock(a) => lock::unlock(&a),
         Command::Status(a) => status::run(&a),
         Command::Rotate(a) => rotate::run(&a),
         Command::Key(c) => key::run(&c),
@@ -92,6 +95,8 @@ fn subject(c: &Command) -> String {
         Command::Init(a) => p(&a.backing),
         Command::Mount(a) => a.store.clone(),
         Command::Unmount(a) => p(&a.mountpoint),
+        Command::Lock(a) => p(&a.target),
+        Command::Unlock(a) => p(&a.target),
         Command::Status(a) => p(&a.target),
         Command::Rotate(a) => p(&a.target),
         Command::Key(args::KeyCommand::List { target, .. }) => p(target),

@@ -7,6 +7,7 @@ use super::exit::Exit;
 use super::options::{self, Helper, Options};
 use super::{audit, root_keys};
 use crate::daemon::fault::{Fault, FaultKind, plain};
+use crate::daemon::keys::KeyRules;
 use crate::daemon::metrics::listen;
 use crate::daemon::ready::Sender;
 use crate::daemon::run::{self, Plan};
@@ -14,6 +15,7 @@ use crate::daemon::{log, mounts, spawn};
 use crate::fuse::MountOptions;
 use crate::kms::ConnectOptions;
 use crate::store::dek_cache::DekCacheLimits;
+use crate::store::keys::authority::Policy;
 use rustix::mount::MountFlags;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -136,6 +138,7 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
         keys: a.key.keys,
         connect,
         dek_cache: limits(&config),
+        key_rules: key_rules(&config, table),
         mount,
         log,
         log_level: level,
@@ -216,6 +219,20 @@ fn limits(c: &Config) -> DekCacheLimits {
     }
 }
 
+/// How the key service's word counts; what a store says goes before the defaults.
+fn key_rules(c: &Config, t: Option<&StoreConfig>) -> KeyRules {
+    let (d, usual) = (&c.defaults, Policy::default());
+    let refresh = t.and_then(|t| t.refresh).or(d.refresh);
+    let grace = t.and_then(|t| t.offline_grace).or(d.offline_grace);
+    KeyRules {
+        policy: Policy {
+            refresh: refresh.map_or(usual.refresh, Duration::from_secs),
+            offline_grace: grace.map_or(usual.offline_grace, Duration::from_secs),
+        },
+        on_denied: t.and_then(|t| t.on_denied).or(d.on_denied).unwrap_or_default(),
+    }
+}
+
 /// The mount point, resolved: an existing directory (or a dead mount) that neither lies in the backing directory nor
 /// hides it.
 fn mountpoint(given: Option<&Path>, backing: &Path) -> Result<PathBuf, Fault> {
@@ -238,6 +255,7 @@ fn mountpoint(given: Option<&Path>, backing: &Path) -> Result<PathBuf, Fault> {
 mod tests {
     use super::*;
     use crate::cli::args::{Cli, Command};
+    use crate::daemon::keys::OnDenied;
     use clap::Parser;
     use std::os::unix::fs::DirBuilderExt;
 
@@ -256,8 +274,8 @@ mod tests {
             std::fs::DirBuilder::new().mode(0o700).create(p(n)).unwrap();
         }
         let text = format!(
-            "[defaults]\nthreads = 3\n[defaults.dek_cache]\nentries = 7\n[store.s]\nbacking = {:?}\nmountpoint = {:?}\n\
-             keys = [\"keyfile:/k\"]\nread_only = true\noptions = [\"noatime\"]\n",
+            "[defaults]\nthreads = 3\nrefresh = 60\noffline_grace = 0\n[defaults.dek_cache]\nentries = 7\n[store.s]\nbacking = {:?}\nmountpoint = {:?}\n\
+             keys = [\"keyfile:/k\"]\nrefresh = 7\non_denied = \"drop\"\nread_only = true\noptions = [\"noatime\"]\n",
             p("back"),
             p("mnt")
         );
@@ -266,6 +284,8 @@ mod tests {
         let plan = planned(&["s", "--config", &c]).unwrap();
         assert!(plan.mount.read_only && plan.mount.mountpoint.ends_with("mnt"));
         assert_eq!((plan.mount.threads, plan.dek_cache.entries), (Some(3), 7));
+        let policy = Policy { refresh: Duration::from_secs(7), offline_grace: Duration::ZERO };
+        assert_eq!(plan.key_rules, KeyRules { policy, on_denied: OnDenied::Drop });
         assert_eq!((plan.keys, plan.mount.options), (vec!["keyfile:/k".into()], vec!["noatime".into()]));
         let other = p("other");
         let plan = planned(&["s", &other, "-o", "rw,nosuid,key=keyfile:/q", "--config", &c, "--threads", "9"]).unwrap();

@@ -5,11 +5,12 @@ use super::output;
 use super::place::Place;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
-use crate::daemon::protocol::{DaemonStatus, Reply, Request};
+use crate::daemon::protocol::{DaemonStatus, KeysState, KeysStatus, Reply, Request};
 use crate::format::ids::{KekId, RootKeyId, StoreId};
 use crate::format::keyring::{KekKind, KekRecord, KekState, Keyring};
 use serde::Serialize;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `status --json`. Stable.
 #[derive(Debug, Serialize)]
@@ -145,6 +146,8 @@ fn text(s: &Status) -> String {
         let mode = if d.read_only { ", read-only" } else { "" };
         t += &format!("daemon    process {}, version {}, up {} s{mode}\n", d.pid, d.version, d.uptime);
         t += &format!("memory    keys {} be swapped out\n", if d.memory_locked { "cannot" } else { "CAN" });
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        t += &format!("keys      {}\n", keys_in_words(&d.keys, now));
         let c = &d.dek_cache;
         t += &format!("DEK cache {} keys, {} hits, {} misses\n", c.entries, c.hits, c.misses);
         if let Some(r) = &d.rotation {
@@ -155,6 +158,36 @@ fn text(s: &Status) -> String {
         t += "rotation  unfinished; the next rotate goes on with it\n";
     }
     t + &keys(&s.keyring)
+}
+
+/// How the keys stand at the Unix second `now`, and what to do about it.
+pub fn keys_in_words(k: &KeysStatus, now: u64) -> String {
+    let ago = |t: u64| now.saturating_sub(t);
+    match (k.state, k.dropped) {
+        (KeysState::Ready, _) if k.last_ok == 0 => "ready".into(),
+        (KeysState::Ready, _) => format!("ready, confirmed by the key service {} s ago", ago(k.last_ok)),
+        (KeysState::Offline, _) if k.grace_until > now => format!(
+            "offline for {} s, files can be opened for {} s more: {}; see to the key service",
+            ago(k.since),
+            k.grace_until - now,
+            k.reason
+        ),
+        (KeysState::Offline, _) => format!(
+            "offline for {} s, too long for files to be opened (ENOKEY); open ones go on: {}; see to the key service",
+            ago(k.since),
+            k.reason
+        ),
+        (KeysState::Denied, dropped) => format!(
+            "denied for {} s, no file can be opened{}: {}; when access is given back, the next refresh lifts this, or at \
+             once: envelopefs unlock",
+            ago(k.since),
+            if dropped { " and open ones have lost their keys" } else { "; open ones go on" },
+            k.reason
+        ),
+        (KeysState::Locked, _) => {
+            format!("locked for {} s, files give ENOKEY; bring them back with: envelopefs unlock", ago(k.since))
+        }
+    }
 }
 
 fn keys(k: &KeyringView) -> String {

@@ -3,18 +3,19 @@
 use super::audit::line::{Seal, SealKey, hash_from, hex};
 use super::fault::{Fault, FaultKind};
 use super::job::Job;
+use super::keys::KeyKeeper;
 use super::metrics::source::Source;
 use super::observed::Observed;
 use super::open;
 use super::protocol::{
-    AuditHead, CacheStatus, DaemonStatus, Hidden, RefreshReport, Reply, Request, RotateRequest, SealToCheck,
+    AuditHead, CacheStatus, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request, RotateRequest, SealToCheck,
 };
 use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
 use crate::format::ids::RootKeyId;
 use crate::kms::services::Services;
-use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri};
+use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, passphrase};
 use crate::rotation;
 use crate::store::{Store, StoreError};
 use std::io;
@@ -27,6 +28,9 @@ use zeroize::Zeroizing;
 pub struct Control {
     pub store: Arc<Store<Posix>>,
     pub job: Arc<Job>,
+    pub keeper: Arc<KeyKeeper>,
+    /// Root keys the store was mounted with; empty: those of the keyring.
+    pub keys: Vec<String>,
     pub mountpoint: PathBuf,
     pub backing: PathBuf,
     /// Where key services are, for new root keys.
@@ -46,6 +50,8 @@ impl Handler for Control {
             Request::RotateResume => self.job.steer(rotation::Control::resume).map(|()| Reply::Done),
             Request::RotateCancel => self.job.steer(rotation::Control::cancel).map(|()| Reply::Done),
             Request::KeyAdd { uri, passphrase } => self.key_add(&uri, passphrase.as_ref()).map(|()| Reply::Done),
+            Request::Lock => self.lock().map(Reply::Keys),
+            Request::Unlock { keys, passphrase } => self.unlock(&keys, passphrase.as_ref()).map(Reply::Keys),
             Request::KeyRemove { id } => self.key_remove(&id).map(|()| Reply::Done),
             Request::KeyRefresh { dry_run } => self.key_refresh(dry_run).map(Reply::Refreshed),
             Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
@@ -69,6 +75,7 @@ impl Control {
             uptime: self.started.elapsed().as_secs(),
             read_only: shared.read_only,
             memory_locked: memory_is_locked(),
+            keys: self.keeper.status(),
             dek_cache: CacheStatus {
                 entries: c.entries as u64,
                 hits: c.hits,
@@ -93,6 +100,34 @@ impl Control {
         let key = SealKey::of(self.store.shared().keys.secret());
         let read = |s: &SealToCheck| Some(Seal { digest: hash_from(&s.digest)?, mac: hash_from(&s.mac)? });
         seals.iter().map(|s| read(s).is_some_and(|s| key.is_genuine(&s))).collect()
+    }
+
+    fn lock(&self) -> Result<KeysReply, Fault> {
+        let changed = self.keeper.lock()?;
+        Ok(KeysReply { changed, keys: self.keeper.status(), ..Default::default() })
+    }
+
+    /// With root keys given, or keys that are not in memory, opens the keyring anew. Else there is nothing to unlock, and
+    /// the service is asked at once, for somebody may have put right what it refused.
+    fn unlock(&self, given: &[String], passphrase: Option<&Hidden>) -> Result<KeysReply, Fault> {
+        let before = self.keeper.status();
+        if given.is_empty() && passphrase.is_none() && before.state != KeysState::Locked {
+            if before.state != KeysState::Ready {
+                self.keeper.refresh();
+            }
+            let keys = self.keeper.status();
+            return Ok(KeysReply { changed: keys.state != before.state, keys, ..Default::default() });
+        }
+        let uris = if given.is_empty() { &self.keys } else { given };
+        let fixed = passphrase.map(|p| PassphraseSource::Fixed(Zeroizing::new(p.expose().as_bytes().to_vec())));
+        let o = ConnectOptions {
+            passphrase: Some(fixed.unwrap_or_else(not_asked)),
+            services: self.services.clone(),
+            ..Default::default()
+        };
+        let ring = self.store.shared().keys.snapshot();
+        let done = self.keeper.unlock(&open::root_keys(uris, &ring, &o)?)?;
+        Ok(KeysReply { changed: true, restored: done.restored, failed: done.failed, keys: self.keeper.status() })
     }
 
     fn rotate(&self, r: &RotateRequest, client: &mut Client) -> io::Result<()> {
@@ -167,5 +202,13 @@ impl Control {
             destroy_old: r.destroy_old,
             restart: r.restart,
         })
+    }
+}
+
+/// Where a passphrase comes from that no request brought: nobody can be asked, even if the daemon has a terminal.
+fn not_asked() -> PassphraseSource {
+    match passphrase::credential(passphrase::CREDENTIAL) {
+        Some(path) if path.exists() => PassphraseSource::SystemdCredential(passphrase::CREDENTIAL.into()),
+        _ => PassphraseSource::Prompt(Arc::new(|_| Err(io::Error::other("none came with the request")))),
     }
 }

@@ -23,6 +23,8 @@ pub enum FaultKind {
     Denied,
     /// Another process has the store.
     Locked,
+    /// The keys of the mounted store were locked.
+    KeysLocked,
     /// Stored bytes are damaged.
     Damage,
     /// An audit log is not whole, or not what the store's key sealed.
@@ -139,6 +141,7 @@ pub fn kind_of(e: &StoreError) -> FaultKind {
         StoreError::NotAStore(_) => FaultKind::NotAStore,
         StoreError::WrongKey(_) => FaultKind::WrongKey,
         StoreError::Locked(_) => FaultKind::Locked,
+        StoreError::KeysLocked => FaultKind::KeysLocked,
         StoreError::NotEmptyForInit(_) => FaultKind::NotEmpty,
         StoreError::Backing(io) if io.kind() == std::io::ErrorKind::PermissionDenied => FaultKind::Denied,
         _ => FaultKind::Other,

@@ -4,7 +4,7 @@ use super::fault::{Fault, FaultKind};
 use super::protocol::{Reply, RotationState};
 use super::server::Client;
 use crate::rotation::{Control, Progress, Report, Status};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +20,8 @@ struct Inner {
     number: u64,
     /// The daemon is about to end: no rotation begins any more, for nothing would wait for it.
     ended: bool,
+    /// The keys are locked: no rotation begins before they are back.
+    held: bool,
 }
 
 /// The daemon's rotation.
@@ -50,7 +52,8 @@ impl Job {
     /// Starts `run` in a thread of its own. Returns the rotation's number.
     ///
     /// # Errors
-    /// [`FaultKind::RotationRunning`] if one is under way.
+    /// [`FaultKind::RotationRunning`] if one is under way; [`FaultKind::KeysLocked`] between [`Job::hold`] and
+    /// [`Job::release`].
     pub fn start(
         self: &Arc<Self>,
         run: impl FnOnce(&dyn Progress, &Control) -> Result<Report, Fault> + Send + 'static,
@@ -60,6 +63,9 @@ impl Job {
             let mut inner = self.inner.lock();
             if inner.ended {
                 return Err(Fault::new(FaultKind::Other, "the store is being unmounted"));
+            }
+            if inner.held {
+                return Err(Fault::new(FaultKind::KeysLocked, "the keys of this store are locked"));
             }
             if inner.control.is_some() {
                 return Err(Fault::new(FaultKind::RotationRunning, "a rotation of this store is under way already"));
@@ -115,6 +121,23 @@ impl Job {
     pub fn stop(&self) {
         let mut inner = self.inner.lock();
         inner.ended = true;
+        self.cancel_and_wait(inner);
+    }
+
+    /// Cancels the rotation under way, if any, and waits until it has stopped. None can be started before
+    /// [`Job::release`].
+    pub fn hold(&self) {
+        let mut inner = self.inner.lock();
+        inner.held = true;
+        self.cancel_and_wait(inner);
+    }
+
+    /// Lets rotations begin again.
+    pub fn release(&self) {
+        self.inner.lock().held = false;
+    }
+
+    fn cancel_and_wait(&self, mut inner: MutexGuard<'_, Inner>) {
         while let Some(c) = &inner.control {
             c.cancel();
             self.changed.wait(&mut inner);
@@ -185,6 +208,22 @@ mod tests {
         assert_eq!(s.fault, Some(cancelled()));
         // The daemon closes the store now and lets others have it.
         assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().message, "the store is being unmounted");
+    }
+
+    #[test]
+    fn none_begins_while_the_keys_are_locked() {
+        let job = Arc::new(Job::default());
+        job.start(|_, c| {
+            let _ = c.wait(Duration::from_secs(600));
+            Err(cancelled())
+        })
+        .unwrap();
+        job.hold();
+        assert!(!job.state().unwrap().running, "the one under way was cancelled and has ended");
+        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::KeysLocked);
+        job.release();
+        job.start(|_, _| Err(cancelled())).unwrap();
+        job.stop();
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod client;
 pub mod control;
 pub mod fault;
 pub mod job;
+pub mod keys;
 pub mod lazy_key;
 pub mod lock;
 pub mod log;

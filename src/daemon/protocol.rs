@@ -34,6 +34,17 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         passphrase: Option<Hidden>,
     },
+    /// Drop every key now.
+    Lock,
+    /// Bring the keys back.
+    Unlock {
+        /// Root keys to open the store with; empty: those it was mounted with.
+        #[serde(default)]
+        keys: Vec<String>,
+        /// Passphrase of a `passphrase:` root key.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        passphrase: Option<Hidden>,
+    },
     /// Remove the root key with this id from the keyring.
     KeyRemove {
         id: String,
@@ -136,6 +147,8 @@ pub enum Reply {
     AuditHead(Option<AuditHead>),
     /// For each seal, whether it is genuine.
     AuditSeals(Vec<bool>),
+    /// What a lock or an unlock came to.
+    Keys(KeysReply),
     /// Done; nothing to tell.
     Done,
     Failed(Fault),
@@ -170,9 +183,54 @@ pub struct DaemonStatus {
     pub read_only: bool,
     /// Whether every key lies in memory that cannot be swapped out.
     pub memory_locked: bool,
+    pub keys: KeysStatus,
     pub dek_cache: CacheStatus,
     /// The rotation under way, or the last one since the mount.
     pub rotation: Option<RotationState>,
+}
+
+/// One word for how the keys stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeysState {
+    #[default]
+    Ready,
+    /// The key service does not answer.
+    Offline,
+    /// The key service refuses.
+    Denied,
+    /// Locked by `lock`.
+    Locked,
+}
+
+/// How the keys stand. Times are Unix seconds, 0 if there is none.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct KeysStatus {
+    pub state: KeysState,
+    /// No key is in memory: open files do not work either.
+    pub dropped: bool,
+    /// Since when it is so.
+    pub since: u64,
+    /// While offline: until when files can be opened.
+    pub grace_until: u64,
+    /// When the key service last unwrapped the active KEK; 0 if none is asked.
+    pub last_ok: u64,
+    /// Seconds between refreshes; 0: none.
+    pub refresh: u64,
+    /// What the service said.
+    pub reason: String,
+}
+
+/// What a lock or an unlock came to.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct KeysReply {
+    /// There was something to do.
+    pub changed: bool,
+    /// Files that were open and have their keys again.
+    pub restored: u64,
+    /// Files that were open and do not.
+    pub failed: u64,
+    pub keys: KeysStatus,
 }
 
 /// The DEK cache's figures.
@@ -286,6 +344,8 @@ mod tests {
             Request::KeyRemove { id: "ab".into() },
             Request::KeyRefresh { dry_run: true },
             Request::AuditSeals { seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
+            Request::Lock,
+            Request::Unlock { keys: vec!["keyfile:/k".into()], passphrase: Some(Hidden::new("p w".into())) },
         ] {
             let mut b = Vec::new();
             send(&mut b, &r).unwrap();

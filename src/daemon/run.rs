@@ -3,6 +3,7 @@
 use super::control::Control;
 use super::fault::{Fault, FaultKind, plain};
 use super::job::Job;
+use super::keys::{KeyKeeper, KeyRules, Refresher};
 use super::lock::VolumeLock;
 use super::metrics::listen;
 use super::metrics::source::Source;
@@ -45,6 +46,8 @@ pub struct Plan {
     pub keys: Vec<String>,
     pub connect: ConnectOptions,
     pub dek_cache: DekCacheLimits,
+    /// How the key service's word counts while mounted.
+    pub key_rules: KeyRules,
     /// How to mount; the mount point absolute, without symbolic links.
     pub mount: MountOptions,
     pub log: log::Target,
@@ -96,9 +99,13 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
         let at = listen::start(at, move || source.page())?;
         tracing::info!("metrics at http://{at}/metrics");
     }
+    let (mountpoint, backing) = (plan.mount.mountpoint.clone(), plan.backing.clone());
+    let keeper = KeyKeeper::new(store.clone(), job.clone(), plan.key_rules, mountpoint, backing);
     let control = Control {
         store: store.clone(),
         job: job.clone(),
+        keeper: keeper.clone(),
+        keys: plan.keys.clone(),
         mountpoint: plan.mount.mountpoint.clone(),
         backing: plan.backing.clone(),
         services: plan.connect.services.clone(),
@@ -111,9 +118,11 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     let mounted = fuse::mount(store.clone(), &plan.mount).map_err(|e| mount_fault(&plan.mount, &e))?;
     on_signals(mounted.unmount_handle(), plan.mount.mountpoint.clone())
         .map_err(|e| Fault::new(FaultKind::Other, format!("cannot wait for signals: {}", plain(&e))))?;
+    keeper.mounted(mounted.caches());
     let settling = Settling::start(store.clone());
     let place = format!("{} at {}", plan.backing.display(), plan.mount.mountpoint.display());
     observed.tell(StoreChange::Mount, &place);
+    let refresher = Refresher::start(keeper.clone());
     tracing::info!("mounted {} (store {id}) at {}", plan.backing.display(), plan.mount.mountpoint.display());
     if plan.background {
         spawn::detach()
@@ -125,6 +134,8 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     let served = mounted.wait();
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     job.stop();
+    drop(refresher);
+    keeper.end();
     settling.stop();
     let closed = store.close();
     observed.tell(StoreChange::Unmount, &place);

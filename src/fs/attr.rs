@@ -43,6 +43,15 @@ impl<B: Backing> EnvelopeFs<B> {
         self.store.getattr(&self.inode(node)?.node)
     }
 
+    /// The attributes that the kernel asks for before it reads or writes through its own cache.
+    ///
+    /// # Errors
+    /// [`StoreError::KeysLocked`]; as [`EnvelopeFs::get_attr`].
+    pub fn get_attr_for_io(&self, node: u64) -> Result<Attr> {
+        self.store.may_read()?;
+        self.get_attr(node)
+    }
+
     /// chmod(2), chown(2), truncate(2) and utimensat(2), all at once or some of them.
     ///
     /// # Errors

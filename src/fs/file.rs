@@ -107,8 +107,10 @@ impl<B: Backing> EnvelopeFs<B> {
     /// Reads into `buf`; less than its length only at the end of the file.
     ///
     /// # Errors
-    /// `Damage` for a block that does not authenticate; those of the backing directory.
+    /// [`StoreError::KeysLocked`]; `Damage` for a block that does not authenticate; those of the backing directory.
     pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        // Sooner than the store itself would: what is being written back now must not come back into the cache.
+        self.store.may_read()?;
         self.handle(handle)?.with_key(|f| f.read(offset, buf))
     }
 

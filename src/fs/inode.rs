@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::backing::{Backing, Timestamp};
+use crate::backing::{Backing, Kind, Timestamp};
 use crate::store::Node;
 
 /// The root directory's id.
@@ -131,6 +131,11 @@ impl<B: Backing> Inodes<B> {
         drop(map);
         // Dropped here: closing descriptors takes its time, and the lock is everybody's.
         known.is_some()
+    }
+
+    /// Ids of regular files.
+    pub(super) fn files(&self) -> Vec<u64> {
+        self.map.read().values().filter(|k| k.inode.node.kind() == Kind::File).map(|k| k.inode.id).collect()
     }
 
     pub(super) fn len(&self) -> usize {

@@ -95,6 +95,16 @@ impl<B: Backing> EnvelopeFs<B> {
         (self.inodes.len(), self.handles.len())
     }
 
+    /// Whether the keys are locked, or about to be.
+    pub fn is_locked(&self) -> bool {
+        self.store.keys_are_closed()
+    }
+
+    /// Ids of the regular files that the kernel knows.
+    pub fn files(&self) -> Vec<u64> {
+        self.inodes.files()
+    }
+
     /// statvfs(3).
     ///
     /// # Errors

@@ -49,12 +49,12 @@ pub(super) struct Adapter<B: Backing> {
 impl<B: Backing> Adapter<B> {
     /// # Errors
     /// If a thread cannot be started.
-    pub(super) fn new(fs: EnvelopeFs<B>, o: &MountOptions, notifier: LateNotifier) -> io::Result<Self> {
+    pub(super) fn new(fs: Arc<EnvelopeFs<B>>, o: &MountOptions, notifier: LateNotifier) -> io::Result<Self> {
         let late = notifier.clone();
         fs.on_mode_changed(move |node| forget_attributes(&late, INodeNo(node)));
         let seeks = if o.writeback { Some(Seeks::start(notifier)?) } else { None };
         let ttl = Duration::from_secs(o.cache_seconds.into());
-        Ok(Self { fs: Arc::new(fs), ttl, seeks, max_background: o.max_background })
+        Ok(Self { fs, ttl, seeks, max_background: o.max_background })
     }
 
     /// Runs an operation. Whatever happens in it, the daemon lives on.
@@ -78,9 +78,15 @@ impl<B: Backing> Adapter<B> {
         run_on(&self.fs, operation, node, handle, f)
     }
 
+    /// How long the kernel may trust what it is told. Not at all while the keys are locked: what it must ask for before
+    /// each write is where it is told so.
+    fn ttl(&self) -> Duration {
+        if self.fs.is_locked() { Duration::ZERO } else { self.ttl }
+    }
+
     fn reply_entry(&self, reply: ReplyEntry, found: Result<Found, Errno>) {
         match found {
-            Ok(f) => reply.entry(&self.ttl, &file_attr(f.node, &f.attr), Generation(f.generation)),
+            Ok(f) => reply.entry(&self.ttl(), &file_attr(f.node, &f.attr), Generation(f.generation)),
             Err(e) => reply.error(e),
         }
     }
@@ -237,7 +243,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.run("lookup", parent, || self.fs.lookup(parent.0, name.as_bytes())) {
-            Err(e) if e.code() == libc::ENOENT => reply.entry(&self.ttl, &absent(), Generation(0)),
+            Err(e) if e.code() == libc::ENOENT => reply.entry(&self.ttl(), &absent(), Generation(0)),
             found => self.reply_entry(reply, found),
         }
     }
@@ -249,9 +255,12 @@ impl<B: Backing> Filesystem for Adapter<B> {
         });
     }
 
-    fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.run("getattr", node, || self.fs.get_attr(node.0)) {
-            Ok(a) => reply.attr(&self.ttl, &file_attr(node.0, &a)),
+    fn getattr(&self, _: &Request, node: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+        // With a handle it is not for a user that the kernel asks (stat(2) and fstat(2) come without one), but because it
+        // is about to read, write or seek in its own cache.
+        let asked = || if handle.is_some() { self.fs.get_attr_for_io(node.0) } else { self.fs.get_attr(node.0) };
+        match self.run("getattr", node, asked) {
+            Ok(a) => reply.attr(&self.ttl(), &file_attr(node.0, &a)),
             Err(e) => reply.error(e),
         }
     }
@@ -284,7 +293,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
             handle: handle.map(|h| h.0),
         };
         match self.run_on("setattr", node, handle, || self.fs.set_attr(&caller(r), node.0, &change)) {
-            Ok(a) => reply.attr(&self.ttl, &file_attr(node.0, &a)),
+            Ok(a) => reply.attr(&self.ttl(), &file_attr(node.0, &a)),
             Err(e) => reply.error(e),
         }
     }
@@ -367,7 +376,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
             Ok((f, handle)) => {
                 let attr = file_attr(f.node, &f.attr);
                 let generation = Generation(f.generation);
-                reply.created(&self.ttl, &attr, generation, FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
+                reply.created(&self.ttl(), &attr, generation, FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
             }
             Err(e) => reply.error(e),
         }
@@ -466,7 +475,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
                     PlusItem::Entry { name, next, found } => {
                         let attr = file_attr(found.node, &found.attr);
                         let generation = Generation(found.generation);
-                        reply.add(attr.ino, next, OsStr::from_bytes(name), &self.ttl, &attr, generation)
+                        reply.add(attr.ino, next, OsStr::from_bytes(name), &self.ttl(), &attr, generation)
                     }
                 };
                 !full

@@ -1,6 +1,7 @@
 //! Mounting through FUSE: an adapter from fuser's trait to [`crate::fs`]. It decides nothing but how to talk to the kernel.
 
 mod adapter;
+mod caches;
 mod convert;
 mod mountpoint;
 mod options;
@@ -22,6 +23,7 @@ use crate::store::Store;
 use adapter::Adapter;
 use seeks::LateNotifier;
 
+pub use caches::Caches;
 pub use options::MountOptions;
 
 /// A mounted store. Dropping this leaves it mounted.
@@ -29,6 +31,7 @@ pub use options::MountOptions;
 pub struct Mounted {
     mountpoint: PathBuf,
     session: JoinHandle<io::Result<()>>,
+    caches: Arc<Caches>,
 }
 
 /// Unmounts; can be sent to another thread, such as the one that waits for signals.
@@ -79,6 +82,11 @@ impl Mounted {
         &self.mountpoint
     }
 
+    /// What the kernel keeps of it.
+    pub fn caches(&self) -> Arc<Caches> {
+        Arc::clone(&self.caches)
+    }
+
     /// What unmounts this.
     pub fn unmount_handle(&self) -> Unmounter {
         Unmounter { mountpoint: self.mountpoint.clone() }
@@ -101,14 +109,14 @@ pub fn mount<B: Backing>(store: Arc<Store<B>>, o: &MountOptions) -> io::Result<M
         Ok((session, answered))
     });
     match session {
-        Ok((session, answered)) => {
+        Ok(((session, caches), answered)) => {
             if root
                 && o.raise_limits
                 && let Err(e) = tune::raise_limits(answered.st_dev)
             {
                 tracing::warn!("could not raise the mount's limits, streams and buffered writes stay slower: {e}");
             }
-            Ok(Mounted { mountpoint: at, session })
+            Ok(Mounted { mountpoint: at, session, caches })
         }
         Err(e) => {
             if let Err(left) = mountpoint::unmount(&at, true) {
@@ -124,15 +132,19 @@ fn start<B: Backing>(
     fs: EnvelopeFs<B>,
     device: std::os::fd::OwnedFd,
     o: &MountOptions,
-) -> io::Result<JoinHandle<io::Result<()>>> {
+) -> io::Result<(JoinHandle<io::Result<()>>, Arc<Caches>)> {
     let mut config = Config::default();
     config.n_threads = Some(o.thread_count());
     config.clone_fd = true;
     // The kernel lets nobody through who is not allowed; see `mountpoint` for why fuser must not check again.
     let notifier = LateNotifier::default();
-    let adapter = Adapter::new(fs, o, notifier.clone())?;
+    let fs = Arc::new(fs);
+    let adapter = Adapter::new(Arc::clone(&fs), o, notifier.clone())?;
     let session = Session::from_fd(adapter, device, SessionACL::All, config)?;
     // Set once and here only.
     let _ = notifier.set(session.notifier());
-    std::thread::Builder::new().name("fuse".to_owned()).spawn(move || session.run())
+    let caches = Arc::new(Caches::new(session.notifier(), &fs));
+    drop(fs);
+    let session = std::thread::Builder::new().name("fuse".to_owned()).spawn(move || session.run())?;
+    Ok((session, caches))
 }

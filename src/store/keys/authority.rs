@@ -38,6 +38,9 @@ impl Default for Policy {
 /// While there is no answer the service is asked at least so often, so that its return is noticed soon.
 const OFFLINE_REFRESH_MAX: Duration = Duration::from_secs(30);
 
+/// Longest time between refreshes, so that arithmetic with it cannot overflow.
+const REFRESH_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
+
 /// What a change of standing was, for whoever logs it and acts on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -123,7 +126,7 @@ impl Authority {
 
     /// Watches from `now` on. `turn` is where in its interval the first refresh falls, 0 to 1.
     pub fn watch(&mut self, policy: Policy, now: Instant, turn: f64) {
-        self.policy = Some(policy);
+        self.policy = Some(Policy { refresh: policy.refresh.min(REFRESH_MAX), ..policy });
         self.schedule(now, turn);
     }
 
@@ -395,6 +398,11 @@ mod tests {
             a.refreshed(Err(&error(0)), t, 0.5);
             assert!(a.is_due(t + s(31)), "asked more often while it is away");
         }
+        let mut rarely = Authority::new(t);
+        rarely.set_remote(true);
+        rarely.watch(Policy { refresh: Duration::MAX, offline_grace: Duration::MAX }, t, 1.0);
+        rarely.refreshed(Err(&error(0)), t, 1.0);
+        assert!(rarely.check(t + s(1 << 30)).is_ok(), "no number is too large");
         let mut never = Authority::new(t);
         never.set_remote(true);
         never.watch(Policy { refresh: Duration::ZERO, offline_grace: GRACE }, t, 0.5);

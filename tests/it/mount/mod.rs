@@ -5,6 +5,7 @@ mod support;
 mod cache;
 mod data;
 mod directories;
+mod lock;
 mod locks;
 mod names;
 mod scale;

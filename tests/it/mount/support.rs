@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use envelopefs::backing::posix::Posix;
+use envelopefs::daemon::keys::{KeyKeeper, KeyRules};
 use envelopefs::fuse::{self, MountOptions, Mounted};
 use envelopefs::kms::uri::RootKeyUri;
 use envelopefs::kms::{ConnectOptions, KeyProvider, connect};
@@ -65,7 +66,7 @@ impl Place {
         self.dir.path().join("mnt")
     }
 
-    fn root_key(&self, create: bool) -> Arc<dyn KeyProvider> {
+    pub fn root_key(&self, create: bool) -> Arc<dyn KeyProvider> {
         let uri = RootKeyUri::parse(&format!("keyfile:{}", self.dir.path().join("key").display())).unwrap();
         connect(&uri, &ConnectOptions::default(), create).expect("a key file")
     }
@@ -116,6 +117,23 @@ impl Mount {
 
     pub fn backing(&self) -> &Path {
         self.place.backing()
+    }
+
+    /// The root key that opens the store.
+    pub fn root_key(&self) -> Arc<dyn KeyProvider> {
+        self.place.root_key(false)
+    }
+
+    pub fn store(&self) -> &Arc<Store<Posix>> {
+        &self.store
+    }
+
+    /// What locks and unlocks the store that is mounted.
+    pub fn keeper(&self, rules: KeyRules) -> Arc<KeyKeeper> {
+        let (at, backing) = (self.place.mountpoint(), self.backing().to_owned());
+        let keeper = KeyKeeper::new(self.store.clone(), Arc::default(), rules, at, backing);
+        keeper.mounted(self.mounted.as_ref().expect("it is mounted").caches());
+        keeper
     }
 
     /// Unmounts as umount(8) would and closes the store.

@@ -119,14 +119,16 @@ impl Control {
             return Ok(KeysReply { changed: keys.state != before.state, keys, ..Default::default() });
         }
         let uris = if given.is_empty() { &self.keys } else { given };
-        let fixed = passphrase.map(|p| PassphraseSource::Fixed(Zeroizing::new(p.expose().as_bytes().to_vec())));
-        let o = ConnectOptions {
-            passphrase: Some(fixed.unwrap_or_else(not_asked)),
-            services: self.services.clone(),
-            ..Default::default()
-        };
+        let o = ConnectOptions { passphrase: Some(not_asked()), services: self.services.clone(), ..Default::default() };
         let ring = self.store.shared().keys.snapshot();
-        let done = self.keeper.unlock(&open::root_keys(uris, &ring, &o)?)?;
+        let mut root = open::root_keys(uris, &ring, &o)?;
+        if let Some(p) = passphrase {
+            root.retain(|k| !k.describe().is_ok_and(|d| d.uri.starts_with("passphrase:")));
+            // Connected to now, and first: what waits to be needed would keep the passphrase as it waits.
+            let uri = RootKeyUri::parse("passphrase:").map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
+            root.insert(0, self.connect_to(&uri, Some(p), false)?);
+        }
+        let done = self.keeper.unlock(&root)?;
         Ok(KeysReply { changed: true, restored: done.restored, failed: done.failed, keys: self.keeper.status() })
     }
 

@@ -6,7 +6,7 @@ use super::fault::Fault;
 use crate::format::keyring::KekKind;
 use crate::rotation::{Report, Status};
 use crate::store::keys::RefreshedRoot;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
 use std::num::{NonZeroU32, NonZeroUsize};
 
@@ -105,9 +105,46 @@ pub struct RotateRequest {
 }
 
 /// A passphrase on its way through the socket: wiped when dropped, never shown.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+///
+/// In hexadecimal on the wire, so that nothing in it needs escaping: serde then hands it on where it lies in the line, and
+/// makes no copy that nobody wipes.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Hidden(String);
+
+impl Serialize for Hidden {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let mut hex = zeroize::Zeroizing::new(String::with_capacity(2 * self.0.len()));
+        for b in self.0.bytes() {
+            hex.extend([b >> 4, b & 15].map(|d| char::from_digit(d.into(), 16).unwrap_or('0')));
+        }
+        s.serialize_str(&hex)
+    }
+}
+
+impl<'de> Deserialize<'de> for Hidden {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Hex;
+        impl serde::de::Visitor<'_> for Hex {
+            type Value = Hidden;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a passphrase in hexadecimal")
+            }
+            fn visit_str<E: serde::de::Error>(self, hex: &str) -> Result<Hidden, E> {
+                // Not the text itself into the error.
+                let bad = || E::custom("a passphrase in hexadecimal was expected");
+                let digit = |c: &u8| char::from(*c).to_digit(16).ok_or_else(bad);
+                let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
+                let mut bytes = zeroize::Zeroizing::new(Vec::with_capacity(pairs.len()));
+                for [h, l] in pairs {
+                    bytes.push((digit(h)? * 16 + digit(l)?) as u8);
+                }
+                let text = std::str::from_utf8(&bytes).ok().filter(|_| rest.is_empty()).ok_or_else(bad)?;
+                Ok(Hidden(text.to_owned()))
+            }
+        }
+        d.deserialize_str(Hex)
+    }
+}
 
 impl Hidden {
     pub fn new(s: String) -> Self {
@@ -311,20 +348,55 @@ pub fn send<T: Serialize>(w: &mut impl Write, message: &T) -> io::Result<()> {
     w.flush()
 }
 
+/// Receives the only line that the other side sends; `None` if it sends none. Nothing of it stays in memory: it may hold
+/// a passphrase. What comes after the line is left out.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_only<T: DeserializeOwned>(r: &mut impl io::Read) -> io::Result<Option<T>> {
+    let mut line = zeroize::Zeroizing::new(vec![0u8; 4096]);
+    let mut filled = 0;
+    loop {
+        if filled == line.len() {
+            if line.len() as u64 >= LINE_MAX {
+                return parse(&line);
+            }
+            // Not grown in place, which would leave the shorter one behind unwiped.
+            let mut longer = zeroize::Zeroizing::new(vec![0u8; 2 * line.len()]);
+            longer.iter_mut().zip(line.iter()).for_each(|(to, from)| *to = *from);
+            line = longer;
+        }
+        let read = match r.read(line.get_mut(filled..).unwrap_or_default()) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            read => read?,
+        };
+        let new = line.get(filled..filled + read).unwrap_or_default();
+        let end = new.iter().position(|b| *b == b'\n').map(|at| filled + at + 1);
+        filled += read;
+        if read == 0 || end.is_some() {
+            return parse(line.get(..end.unwrap_or(filled)).unwrap_or_default());
+        }
+    }
+}
+
 /// Receives one line; `None` at the end.
 ///
 /// # Errors
 /// The socket's, or `InvalidData` if the line is too long or not a `T`.
 pub fn receive<T: DeserializeOwned>(r: &mut impl BufRead) -> io::Result<Option<T>> {
     let mut line = zeroize::Zeroizing::new(Vec::new());
-    let n = io::Read::take(&mut *r, LINE_MAX).read_until(b'\n', &mut line)?;
-    if n == 0 {
+    io::Read::take(&mut *r, LINE_MAX).read_until(b'\n', &mut line)?;
+    parse(&line)
+}
+
+fn parse<T: DeserializeOwned>(line: &[u8]) -> io::Result<Option<T>> {
+    if line.is_empty() {
         return Ok(None);
     }
     if line.last() != Some(&b'\n') {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "line cut short or too long"));
     }
-    serde_json::from_slice(&line).map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    serde_json::from_slice(line).map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 #[cfg(test)]
@@ -350,7 +422,8 @@ mod tests {
             let mut b = Vec::new();
             send(&mut b, &r).unwrap();
             assert_eq!(b.iter().filter(|c| **c == b'\n').count(), 1);
-            assert_eq!(receive::<Request>(&mut &b[..]).unwrap(), Some(r));
+            assert_eq!(receive::<Request>(&mut &b[..]).unwrap().as_ref(), Some(&r));
+            assert_eq!(receive_only::<Request>(&mut &b[..]).unwrap(), Some(r));
         }
     }
 
@@ -372,6 +445,32 @@ mod tests {
         assert_eq!(receive::<Request>(&mut &b""[..]).unwrap(), None);
         let long = vec![b' '; LINE_MAX as usize + 10];
         assert!(receive::<Request>(&mut &long[..]).is_err());
+        assert!(receive_only::<Request>(&mut &long[..]).is_err());
+        for bad in ["68g0", "686", "ff"] {
+            let line = format!("{{\"request\":\"unlock\",\"passphrase\":\"{bad}\"}}\n");
+            let e = receive_only::<Request>(&mut line.as_bytes()).unwrap_err();
+            assert!(!e.to_string().contains(bad), "{e}");
+        }
+    }
+
+    /// One byte at a time, and longer than the first buffer.
+    #[test]
+    fn a_line_that_comes_in_pieces_is_put_together() {
+        struct Drip<'a>(&'a [u8]);
+        impl io::Read for Drip<'_> {
+            fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+                let n = self.0.len().min(out.len()).min(1);
+                out[..n].copy_from_slice(&self.0[..n]);
+                self.0 = &self.0[n..];
+                Ok(n)
+            }
+        }
+        let r = Request::Unlock { keys: vec!["k".repeat(10_000)], passphrase: Some(Hidden::new("ü \"\\\n".into())) };
+        let mut b = Vec::new();
+        send(&mut b, &r).unwrap();
+        assert_eq!(receive_only::<Request>(&mut Drip(&b)).unwrap(), Some(r));
+        assert_eq!(receive_only::<Request>(&mut &b""[..]).unwrap(), None);
+        assert!(receive_only::<Request>(&mut Drip(&b[..b.len() - 1])).is_err());
     }
 
     #[test]

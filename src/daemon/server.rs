@@ -4,7 +4,7 @@ use super::fault::{Fault, FaultKind};
 use super::protocol::{self, Reply, Request};
 use super::{process, runtime_dir};
 use rustix::fs::{Mode, OFlags};
-use std::io::{self, BufReader};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -134,14 +134,14 @@ fn serve(stream: UnixStream, handler: &dyn Handler) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let (uid, pid) = peer(&stream)?;
-    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut reader = stream.try_clone()?;
     let mut client = Client { stream };
     if !may_talk(uid, process::uid()) {
         tracing::warn!("control socket: refused user {uid} (process {})", pid.as_raw_nonzero());
         let f = Fault::new(FaultKind::Denied, "only the user who mounted the store and root may control it");
         return client.send(&Reply::Failed(f));
     }
-    match protocol::receive::<Request>(&mut reader) {
+    match protocol::receive_only::<Request>(&mut reader) {
         Ok(Some(r)) => handler.handle(r, &mut client),
         Ok(None) => Ok(()),
         Err(e) => client.send(&Reply::Failed(Fault::new(FaultKind::Usage, format!("request not understood: {e}")))),

@@ -170,3 +170,15 @@ pub(super) fn bounded(wrapped: Vec<u8>) -> std::result::Result<Vec<u8>, KmsError
         n => Err(KmsError::Config(format!("the provider returned {n} wrapped bytes; 1 to {WRAPPED_MAX} are possible"))),
     }
 }
+
+#[cfg(test)]
+impl KekHandle {
+    /// The keys in here, each with every bit turned.
+    pub(super) fn keys_for_tests(&self) -> Vec<[u8; 32]> {
+        let turned = |k: &Secret32| k.expose().map(|b| !b);
+        match &self.wrapper {
+            Wrapper::Sealed(k) => vec![turned(&self.key), turned(k)],
+            Wrapper::External(_) | Wrapper::Gone => vec![turned(&self.key)],
+        }
+    }
+}

@@ -268,3 +268,11 @@ impl Keys {
         Ok(())
     }
 }
+
+#[cfg(test)]
+impl Keys {
+    /// Every KEK and the key it wraps with, each with every bit turned.
+    pub(in crate::store) fn keks_for_tests(&self) -> Vec<[u8; 32]> {
+        self.state.read().opened.handles.values().flat_map(|h| h.keys_for_tests()).collect()
+    }
+}

@@ -5,6 +5,7 @@ mod crash;
 mod damage;
 mod names;
 mod observe;
+mod outage;
 
 use super::keys::{KekKind, Keys, StoreFlags};
 use super::{Node, Store, StoreError, StoreOptions};

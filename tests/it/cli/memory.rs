@@ -251,6 +251,32 @@ fn no_key_lies_outside_the_arena() {
     assert_none("after reading", b.daemon(), &secrets);
 }
 
+/// After a lock not even an open file's keys are left, and of the arena nothing but what the store secret needs; that the
+/// arena itself is wiped is tested where it can be read: in `src/store/tests/outage.rs`.
+#[test]
+fn after_a_lock_no_key_of_a_file_is_left() {
+    if !rustix::process::geteuid().is_root() || !can_mount() {
+        return;
+    }
+    let b = Bench::mounted();
+    let held = work(&b, "before");
+    let mut secrets = Secrets::default();
+    Secrets::of_store(&b, &mut secrets);
+    let (pid, keys) = (b.daemon(), file_keys(&b));
+    let (found, _) = search(pid, &keys);
+    assert!(!found.is_empty(), "the search does not find the keys of a file that is open");
+    b.ok("lock mnt");
+    assert_none("locked, keys of blocks and states", pid, &keys);
+    assert_none("locked", pid, &secrets);
+    b.ok("unlock mnt");
+    assert_eq!(held.metadata().unwrap().len(), 3000 * 16);
+    held.write_at(b"again", 0).unwrap();
+    held.sync_all().unwrap();
+    let (found, _) = search(pid, &keys);
+    assert!(!found.is_empty(), "the open file has its keys again");
+    assert_none("unlocked", pid, &secrets);
+}
+
 /// The passphrase, what Argon2id made of it, and what is below it.
 #[test]
 fn no_passphrase_lies_outside_the_arena() {
@@ -279,6 +305,10 @@ fn no_passphrase_lies_outside_the_arena() {
         secrets.add("root wrap key", derive(&root, label::ROOT_WRAP, b"").expose());
     }
     assert_none("mounted with a passphrase", b.daemon(), &secrets);
+    b.ok("lock mnt");
+    assert_none("locked", b.daemon(), &secrets);
+    b.ok("unlock mnt --passphrase-file DIR/pass");
+    assert_none("unlocked with a passphrase", b.daemon(), &secrets);
 }
 
 /// A daemon that was opened with the recovery key, and then wraps new KEKs for it: neither the key in any form nor what

@@ -4,6 +4,7 @@ mod audit;
 mod control;
 mod json;
 mod lifecycle;
+mod lock;
 mod memory;
 mod recovery;
 pub mod support;

@@ -191,6 +191,21 @@ impl<B: Backing> EnvelopeFs<B> {
         Some(self.handles.get(handle)?.file.core().file_id()?.to_string())
     }
 
+    /// Whether opening a file, or giving one its first byte, is a call to a key service.
+    pub fn calls_a_service(&self) -> bool {
+        self.store.calls_a_service()
+    }
+
+    /// Whether reading may wait for a key service, if only for another request that does.
+    pub fn read_may_wait(&self, handle: u64) -> bool {
+        self.calls_a_service() && self.handles.get(handle).is_some_and(|h| h.file.core().read_may_wait())
+    }
+
+    /// Whether writing may wait for a key service, if only for another request that does.
+    pub fn write_may_wait(&self, handle: u64) -> bool {
+        self.calls_a_service() && self.handles.get(handle).is_some_and(|h| h.file.core().write_may_wait())
+    }
+
     fn writable(&self, handle: u64) -> Result<Arc<Handle<B>>> {
         let handle = self.handle(handle)?;
         if handle.is_writable() { Ok(handle) } else { Err(os(libc::EBADF)) }

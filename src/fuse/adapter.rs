@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
@@ -20,14 +20,14 @@ use fuser::{
     ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::convert::{file_attr, file_type, kind_of, rdev, set_time};
+use super::aside::Aside;
+use super::convert::{absent, allocate_mode, file_attr, file_type, kind_of, rdev, rename_mode, set_time};
 use super::options::MountOptions;
 use super::process;
 use super::seeks::{LateNotifier, Seeks};
-use crate::backing::{Backing, RenameMode, XattrMode};
+use crate::backing::{Backing, XattrMode};
 use crate::fs::{Answer, Caller, Change, EnvelopeFs, Found, NewNode, PlusItem, Report, failed, panicked};
 use crate::store::StoreError;
-use crate::store::file::FileAllocate;
 
 /// Largest read and write request.
 const REQUEST_MAX: u32 = 1 << 20;
@@ -43,6 +43,8 @@ pub(super) struct Adapter<B: Backing> {
     ttl: Duration,
     /// With the writeback cache: who waits for dirty pages.
     seeks: Option<Seeks>,
+    /// What may wait for a key service.
+    aside: Aside,
     max_background: u16,
 }
 
@@ -54,7 +56,7 @@ impl<B: Backing> Adapter<B> {
         fs.on_mode_changed(move |node| forget_attributes(&late, INodeNo(node)));
         let seeks = if o.writeback { Some(Seeks::start(notifier)?) } else { None };
         let ttl = Duration::from_secs(o.cache_seconds.into());
-        Ok(Self { fs, ttl, seeks, max_background: o.max_background })
+        Ok(Self { fs, ttl, seeks, aside: Aside::default(), max_background: o.max_background })
     }
 
     /// Runs an operation. Whatever happens in it, the daemon lives on.
@@ -67,21 +69,15 @@ impl<B: Backing> Adapter<B> {
         run_on(&self.fs, operation, node, None, f)
     }
 
-    /// As [`Adapter::run`], on an open file.
-    fn run_on<R>(
-        &self,
-        operation: &'static str,
-        node: INodeNo,
-        handle: Option<FileHandle>,
-        f: impl FnOnce() -> Result<R, StoreError>,
-    ) -> Result<R, Errno> {
-        run_on(&self.fs, operation, node, handle, f)
+    /// Runs a request to its reply: here, or aside if it may wait for a key service.
+    fn serve(&self, may_wait: bool, request: impl FnOnce() + Send + 'static) {
+        if may_wait { self.aside.run(request) } else { request() }
     }
 
     /// How long the kernel may trust what it is told. Not at all while the keys are locked: what it must ask for before
     /// each write is where it is told so.
     fn ttl(&self) -> Duration {
-        if self.fs.is_locked() { Duration::ZERO } else { self.ttl }
+        ttl(&self.fs, self.ttl)
     }
 
     fn reply_entry(&self, reply: ReplyEntry, found: Result<Found, Errno>) {
@@ -107,6 +103,10 @@ fn run_on<B: Backing, R>(
         }
         Err(_) => Err(Errno::from_i32(panicked(operation, node.0))),
     }
+}
+
+fn ttl<B: Backing>(fs: &EnvelopeFs<B>, usual: Duration) -> Duration {
+    if fs.is_locked() { Duration::ZERO } else { usual }
 }
 
 /// Has the kernel ask for the attributes of `node` anew; its pages stay. The kernel takes this at any time, also while
@@ -159,51 +159,6 @@ fn xattr(reply: ReplyXattr, r: Result<Answer, Errno>) {
         Ok(Answer::Size(n)) => reply.size(n),
         Ok(Answer::Data(d)) => reply.data(&d),
         Err(e) => reply.error(e),
-    }
-}
-
-/// "There is no such name", in a form that the kernel remembers: an entry with node id 0.
-fn absent() -> FileAttr {
-    FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 0,
-        flags: 0,
-    }
-}
-
-fn allocate_mode(mode: i32) -> Option<FileAllocate> {
-    const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
-    const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
-    const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
-    const ZERO_KEEP: i32 = ZERO | KEEP;
-    Some(match mode {
-        0 => FileAllocate::Default,
-        KEEP => FileAllocate::KeepSize,
-        PUNCH => FileAllocate::PunchHole,
-        ZERO => FileAllocate::ZeroRange { keep_size: false },
-        ZERO_KEEP => FileAllocate::ZeroRange { keep_size: true },
-        _ => return None,
-    })
-}
-
-fn rename_mode(flags: RenameFlags) -> Option<RenameMode> {
-    match flags {
-        f if f.is_empty() => Some(RenameMode::Replace),
-        RenameFlags::RENAME_NOREPLACE => Some(RenameMode::NoReplace),
-        RenameFlags::RENAME_EXCHANGE => Some(RenameMode::Exchange),
-        _ => None,
     }
 }
 
@@ -292,10 +247,13 @@ impl<B: Backing> Filesystem for Adapter<B> {
             mtime: set_time(mtime),
             handle: handle.map(|h| h.0),
         };
-        match self.run_on("setattr", node, handle, || self.fs.set_attr(&caller(r), node.0, &change)) {
-            Ok(a) => reply.attr(&self.ttl(), &file_attr(node.0, &a)),
-            Err(e) => reply.error(e),
-        }
+        let (fs, caller, usual) = (Arc::clone(&self.fs), caller(r), self.ttl);
+        self.serve(size.is_some() && fs.calls_a_service(), move || {
+            match run_on(&fs, "setattr", node, handle, || fs.set_attr(&caller, node.0, &change)) {
+                Ok(a) => reply.attr(&ttl(&fs, usual), &file_attr(node.0, &a)),
+                Err(e) => reply.error(e),
+            }
+        });
     }
 
     fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
@@ -355,11 +313,14 @@ impl<B: Backing> Filesystem for Adapter<B> {
     }
 
     fn open(&self, r: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        match self.run("open", node, || self.fs.open(&caller(r), node.0, flags.0)) {
-            // Nobody changes the file but through this kernel, so what it has cached stays right.
-            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE),
-            Err(e) => reply.error(e),
-        }
+        let (fs, caller) = (Arc::clone(&self.fs), caller(r));
+        self.serve(fs.calls_a_service(), move || {
+            match run_on(&fs, "open", node, None, || fs.open(&caller, node.0, flags.0)) {
+                // Nobody changes the file but through this kernel, so what it has cached stays right.
+                Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE),
+                Err(e) => reply.error(e),
+            }
+        });
     }
 
     fn create(
@@ -393,11 +354,14 @@ impl<B: Backing> Filesystem for Adapter<B> {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        with_buffer(size as usize, |buf| {
-            match self.run_on("read", node, Some(handle), || self.fs.read(handle.0, offset, buf)) {
-                Ok(n) => reply.data(buf.get(..n).unwrap_or_default()),
-                Err(e) => reply.error(e),
-            }
+        let fs = Arc::clone(&self.fs);
+        self.serve(fs.read_may_wait(handle.0), move || {
+            with_buffer(size as usize, |buf| {
+                match run_on(&fs, "read", node, Some(handle), || fs.read(handle.0, offset, buf)) {
+                    Ok(n) => reply.data(buf.get(..n).unwrap_or_default()),
+                    Err(e) => reply.error(e),
+                }
+            });
         });
     }
 
@@ -415,10 +379,19 @@ impl<B: Backing> Filesystem for Adapter<B> {
     ) {
         let writer = caller(r);
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID).then_some(&writer);
-        match self.run_on("write", node, Some(handle), || self.fs.write(handle.0, offset, data, kill)) {
+        let answer = |reply: ReplyWrite, r: Result<usize, Errno>| match r {
             // At most what was asked for, which had a 32-bit length.
             Ok(n) => reply.written(n as u32),
             Err(e) => reply.error(e),
+        };
+        let write = move |fs: &EnvelopeFs<B>, data: &[u8], kill: Option<&Caller>| {
+            run_on(fs, "write", node, Some(handle), || fs.write(handle.0, offset, data, kill))
+        };
+        if self.fs.write_may_wait(handle.0) {
+            let (fs, data, kill) = (Arc::clone(&self.fs), data.to_vec(), kill.copied());
+            self.aside.run(move || answer(reply, write(&fs, &data, kill.as_ref())));
+        } else {
+            answer(reply, write(&self.fs, data, kill));
         }
     }
 
@@ -444,7 +417,10 @@ impl<B: Backing> Filesystem for Adapter<B> {
     }
 
     fn fsync(&self, _: &Request, node: INodeNo, handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        empty(reply, self.run_on("fsync", node, Some(handle), || self.fs.sync_file(handle.0)));
+        let fs = Arc::clone(&self.fs);
+        self.serve(fs.read_may_wait(handle.0), move || {
+            empty(reply, run_on(&fs, "fsync", node, Some(handle), || fs.sync_file(handle.0)));
+        });
     }
 
     fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -546,11 +522,14 @@ impl<B: Backing> Filesystem for Adapter<B> {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let done = self.run_on("fallocate", node, Some(handle), || {
-            let mode = allocate_mode(mode).ok_or(StoreError::NotSupported)?;
-            self.fs.allocate(&caller(r), handle.0, mode, offset, len)
+        let (fs, caller) = (Arc::clone(&self.fs), caller(r));
+        self.serve(fs.write_may_wait(handle.0), move || {
+            let done = run_on(&fs, "fallocate", node, Some(handle), || {
+                let mode = allocate_mode(mode).ok_or(StoreError::NotSupported)?;
+                fs.allocate(&caller, handle.0, mode, offset, len)
+            });
+            empty(reply, done);
         });
-        empty(reply, done);
     }
 
     fn lseek(&self, _: &Request, node: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
@@ -578,15 +557,18 @@ impl<B: Backing> Filesystem for Adapter<B> {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let copied = with_buffer(REQUEST_MAX as usize, |buf| {
-            self.run_on("copy_file_range", node, Some(from), || {
-                self.fs.copy_range(&caller(r), (from.0, from_offset), (to.0, to_offset), len, buf)
-            })
+        let (fs, caller) = (Arc::clone(&self.fs), caller(r));
+        self.serve(fs.read_may_wait(from.0) || fs.write_may_wait(to.0), move || {
+            let copied = with_buffer(REQUEST_MAX as usize, |buf| {
+                run_on(&fs, "copy_file_range", node, Some(from), || {
+                    fs.copy_range(&caller, (from.0, from_offset), (to.0, to_offset), len, buf)
+                })
+            });
+            match copied {
+                // Bounded well below.
+                Ok(n) => reply.written(n as u32),
+                Err(e) => reply.error(e),
+            }
         });
-        match copied {
-            // Bounded well below.
-            Ok(n) => reply.written(n as u32),
-            Err(e) => reply.error(e),
-        }
     }
 }

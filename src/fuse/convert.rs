@@ -2,10 +2,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fuser::{FileAttr, FileType, INodeNo, TimeOrNow};
+use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 
-use crate::backing::{Kind, SetTime, Timestamp};
+use crate::backing::{Kind, RenameMode, SetTime, Timestamp};
 use crate::store::Attr;
+use crate::store::file::FileAllocate;
 
 /// Block size that stat(2) reports: the unit of encryption.
 const BLOCK_SIZE: u32 = 4096;
@@ -92,6 +93,51 @@ fn timestamp(t: SystemTime) -> Timestamp {
             let d = before.duration();
             Timestamp { sec: 0i64.saturating_sub_unsigned(d.as_secs()), nsec: d.subsec_nanos() }
         }
+    }
+}
+
+/// "There is no such name", in a form that the kernel remembers: an entry with node id 0.
+pub(super) fn absent() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
+
+pub(super) fn allocate_mode(mode: i32) -> Option<FileAllocate> {
+    const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+    const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
+    const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+    const ZERO_KEEP: i32 = ZERO | KEEP;
+    Some(match mode {
+        0 => FileAllocate::Default,
+        KEEP => FileAllocate::KeepSize,
+        PUNCH => FileAllocate::PunchHole,
+        ZERO => FileAllocate::ZeroRange { keep_size: false },
+        ZERO_KEEP => FileAllocate::ZeroRange { keep_size: true },
+        _ => return None,
+    })
+}
+
+pub(super) fn rename_mode(flags: RenameFlags) -> Option<RenameMode> {
+    match flags {
+        f if f.is_empty() => Some(RenameMode::Replace),
+        RenameFlags::RENAME_NOREPLACE => Some(RenameMode::NoReplace),
+        RenameFlags::RENAME_EXCHANGE => Some(RenameMode::Exchange),
+        _ => None,
     }
 }
 

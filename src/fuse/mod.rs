@@ -1,6 +1,7 @@
 //! Mounting through FUSE: an adapter from fuser's trait to [`crate::fs`]. It decides nothing but how to talk to the kernel.
 
 mod adapter;
+mod aside;
 mod caches;
 mod convert;
 mod mountpoint;

@@ -94,6 +94,11 @@ impl<B: Backing> Store<B> {
         self.shared().deks.clear();
     }
 
+    /// Whether opening a file, or giving one its first byte, is a call to a key service.
+    pub fn calls_a_service(&self) -> bool {
+        self.shared().keys.calls_a_service()
+    }
+
     /// Whether reads, opens and new writes are turned away.
     pub fn keys_are_closed(&self) -> bool {
         self.shared().keys.phase() != Phase::Open

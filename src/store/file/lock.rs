@@ -50,6 +50,16 @@ impl<B: Backing> FileCore<B> {
         Some(Leaving(Arc::downgrade(&keys)))
     }
 
+    /// Whether a read waits for whoever has the file to himself, who may be calling a key service, or for its keys.
+    pub fn read_may_wait(&self) -> bool {
+        self.inner.try_read().is_none_or(|inner| inner.dropped.is_some())
+    }
+
+    /// The same for a write, which besides makes the header of an empty file.
+    pub fn write_may_wait(&self) -> bool {
+        self.inner.try_read().is_none_or(|inner| inner.keys.is_none())
+    }
+
     /// Gets the keys back that a lock has dropped, if the file is open. Says whether there was anything to do.
     ///
     /// # Errors

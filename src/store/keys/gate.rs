@@ -5,7 +5,7 @@ use crate::crypto::random;
 use crate::kms::KmsError;
 use crate::store::{Result, StoreError};
 use parking_lot::Mutex;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Who closed the door.
@@ -84,6 +84,8 @@ struct Inner {
 /// The door. Shared by the keyring and those of its KEKs that call a service.
 pub struct Gate {
     phase: AtomicU8,
+    /// Some KEK, now or since the mount, is a key in a service.
+    calls: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -92,7 +94,16 @@ impl Gate {
     pub(super) fn new() -> Self {
         let now = Instant::now();
         let inner = Inner { authority: Authority::new(now), by: LockedBy::Operator, since: now, epoch: 0 };
-        Self { phase: AtomicU8::new(Phase::Open.to_byte()), inner: Mutex::new(inner) }
+        Self { phase: AtomicU8::new(Phase::Open.to_byte()), calls: AtomicBool::new(false), inner: Mutex::new(inner) }
+    }
+
+    /// A KEK is a key in a service.
+    pub(super) fn has_a_service(&self) {
+        self.calls.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn calls_a_service(&self) -> bool {
+        self.calls.load(Ordering::Relaxed)
     }
 
     pub(super) fn phase(&self) -> Phase {

@@ -69,8 +69,11 @@ impl KekHandle {
 
     /// From now on `gate` hears how calls to the provider end while this is the active KEK.
     pub(super) fn report_to(&self, gate: &Arc<Gate>) {
-        if matches!(self.wrapper, Wrapper::External(_)) {
+        if let Wrapper::External(p) = &self.wrapper {
             let _ = self.gate.set(gate.clone());
+            if p.describe().map_or(true, |d| d.capabilities.remote) {
+                gate.has_a_service();
+            }
         }
     }
 

@@ -37,6 +37,11 @@ impl Keys {
         if self.gate.phase() == Phase::Locked { Err(StoreError::KeysLocked) } else { Ok(()) }
     }
 
+    /// Whether a KEK is a key in a service, so that unwrapping a DEK is a call to it.
+    pub fn calls_a_service(&self) -> bool {
+        self.gate.calls_a_service()
+    }
+
     /// How far the door is open.
     pub fn phase(&self) -> Phase {
         self.gate.phase()

@@ -7,7 +7,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use envelopefs::daemon::keys::{KeyKeeper, KeyRules};
+use envelopefs::backing::posix::Posix;
+use envelopefs::daemon::keys::{KeyKeeper, KeyRules, OnDenied};
+use envelopefs::fuse::MountOptions;
+use envelopefs::kms::scripted::{Behaviour, Gate, Scripted};
+use envelopefs::kms::{KeyProvider, KmsError};
+use envelopefs::store::dek_cache::DekCacheLimits;
+use envelopefs::store::keys::authority::Policy;
+use envelopefs::store::keys::{KekKind, Keys, StoreFlags};
+use envelopefs::store::{Store, StoreOptions};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::support::{Mount, errno, noise, open_rw};
@@ -137,8 +145,8 @@ fn what_was_written_before_a_lock_is_written_back_and_closed_cleanly() {
     new.sync_all().expect("all of it was written back");
     // As if the daemon had been killed now: another opens what lies there.
     let root = m.root_key();
-    let b = envelopefs::backing::posix::Posix::open(m.backing()).unwrap();
-    let keys = envelopefs::store::keys::Keys::open(&b, &[root]).unwrap();
+    let b = Posix::open(m.backing()).unwrap();
+    let keys = Keys::open(&b, &[root]).unwrap();
     let options = envelopefs::store::check::CheckOptions { deep: true };
     struct Quiet;
     impl envelopefs::store::check::CheckProgress for Quiet {
@@ -335,5 +343,146 @@ fn a_write_that_a_lock_overtakes_is_whole_or_told_of() {
                 assert!(matches!(e.raw_os_error(), Some(ENOKEY | libc::EIO)), "{e}");
             }
         }
+    }
+}
+
+/// A store whose KEK is a key in a service, mounted with two threads.
+struct Hanging {
+    service: Arc<Scripted>,
+    mounted: Option<envelopefs::fuse::Mounted>,
+    store: Arc<Store<Posix>>,
+    dir: tempfile::TempDir,
+}
+
+impl Hanging {
+    fn new() -> Self {
+        let dir = tempfile::Builder::new().prefix("envelopefs-it-").tempdir().unwrap();
+        for name in ["back", "mnt"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let service = Scripted::new("s");
+        let root: [Arc<dyn KeyProvider>; 1] = [service.clone()];
+        let b = Posix::open(&dir.path().join("back")).unwrap();
+        Store::init(&b, &root, KekKind::External, StoreFlags::default()).unwrap();
+        let keys = Keys::open(&b, &root).unwrap();
+        // So that every open is a call.
+        let deks = DekCacheLimits { entries: 0, ..DekCacheLimits::default() };
+        let store = Store::open(b, keys, StoreOptions { deks, ..StoreOptions::default() }).unwrap();
+        let mut o = MountOptions::new(dir.path().join("mnt"));
+        o.threads = Some(2);
+        let mounted = envelopefs::fuse::mount(store.clone(), &o).unwrap();
+        Self { service, mounted: Some(mounted), store, dir }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join("mnt").join(name)
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        let Some(m) = self.mounted.take() else { return };
+        if m.unmount_handle().detach().is_ok() && !std::thread::panicking() {
+            m.wait().unwrap();
+            self.store.close().unwrap();
+        }
+    }
+}
+
+/// Opens the gate also if the test fails, or its threads would wait for ever.
+struct Opens(Arc<Gate>);
+
+impl Drop for Opens {
+    fn drop(&mut self) {
+        self.0.open();
+    }
+}
+
+#[test]
+fn a_service_that_hangs_holds_up_only_who_needs_it() {
+    const WAITING: usize = 10;
+    let h = Hanging::new();
+    for i in 0..WAITING {
+        fs::write(h.path(&format!("cold{i}")), noise(i as u64, 10_000)).unwrap();
+    }
+    let warm = open_rw(h.path("warm"));
+    warm.write_at(&noise(77, 100_000), 0).unwrap();
+    warm.sync_all().unwrap();
+    let gate = Gate::new();
+    h.service.always(Behaviour::Hold(gate.clone()));
+    std::thread::scope(|s| {
+        let _opens = Opens(gate.clone());
+        let (h, warm) = (&h, &warm);
+        let opens: Vec<_> =
+            (0..WAITING).map(|i| s.spawn(move || fs::read(h.path(&format!("cold{i}"))).unwrap())).collect();
+        let makes: Vec<_> = (0..WAITING)
+            .map(|i| {
+                s.spawn(move || {
+                    let f = File::create(h.path(&format!("new{i}"))).unwrap();
+                    f.write_at(b"its first byte needs a wrap", 0).unwrap();
+                    f.sync_all().unwrap();
+                })
+            })
+            .collect();
+        // All of them wait for the service, many more than there are threads to serve the mount.
+        gate.wait_for(2 * WAITING);
+        assert_eq!(fs::metadata(h.path("cold3")).unwrap().len(), 10_000);
+        assert_eq!(fs::read_dir(h.path("")).unwrap().count(), 2 * WAITING + 1);
+        fs::create_dir(h.path("d")).unwrap();
+        fs::rename(h.path("cold3"), h.path("d/moved")).unwrap();
+        fs::hard_link(h.path("d/moved"), h.path("cold3")).unwrap();
+        fs::remove_file(h.path("d/moved")).unwrap();
+        rustix::fs::statvfs(h.path("")).unwrap();
+        let mut buf = vec![0; 50_000];
+        warm.read_exact_at(&mut buf, 1000).unwrap();
+        assert!(buf == noise(77, 100_000)[1000..51_000]);
+        warm.write_at(b"goes on", 200_000).unwrap();
+        warm.sync_all().unwrap();
+        gate.open();
+        for (i, o) in opens.into_iter().enumerate() {
+            assert!(o.join().unwrap() == noise(i as u64, 10_000));
+        }
+        makes.into_iter().for_each(|m| m.join().unwrap());
+    });
+    h.service.always(Behaviour::Obey);
+    assert_eq!(fs::read(h.path("new3")).unwrap(), b"its first byte needs a wrap");
+}
+
+/// The daemon's part: what a refusal does to open files, by the rule that was chosen.
+#[test]
+fn a_refusal_leaves_open_files_or_drops_them_and_is_lifted_by_itself() {
+    for on_denied in [OnDenied::Keep, OnDenied::Drop] {
+        let h = Hanging::new();
+        let f = open_rw(h.path("open"));
+        f.write_at(&noise(1, 10_000), 0).unwrap();
+        // Its first byte needs a wrap by the service, which must not come after the refusal.
+        f.sync_all().unwrap();
+        fs::write(h.path("cold"), b"cold").unwrap();
+        let hour = std::time::Duration::from_secs(3600);
+        let rules = KeyRules { policy: Policy { refresh: hour, offline_grace: hour }, on_denied };
+        let k = KeyKeeper::new(h.store.clone(), Arc::default(), rules, h.path(""), h.dir.path().join("back"));
+        k.mounted(h.mounted.as_ref().unwrap().caches());
+        h.service.always(Behaviour::Fail(KmsError::Denied("no".into())));
+        k.refresh();
+        let held = read_at(&f, 4096);
+        match on_denied {
+            OnDenied::Keep => {
+                assert_eq!(errno(File::open(h.path("cold"))), libc::EKEYREJECTED);
+                assert_eq!(errno(File::create(h.path("new"))), libc::EKEYREJECTED);
+                assert!(held.unwrap() == noise(1, 10_000)[4096..8192]);
+                f.write_at(b"on", 0).unwrap();
+                f.sync_all().unwrap();
+            }
+            OnDenied::Drop => {
+                assert_eq!(errno(held), ENOKEY);
+                assert_eq!(errno(File::open(h.path("cold"))), ENOKEY);
+            }
+        }
+        assert!(k.status().dropped == (on_denied == OnDenied::Drop));
+        h.service.always(Behaviour::Obey);
+        k.refresh();
+        assert_eq!(fs::read(h.path("cold")).unwrap(), b"cold");
+        assert!(read_at(&f, 4096).unwrap() == noise(1, 10_000)[4096..8192]);
+        drop(f);
     }
 }

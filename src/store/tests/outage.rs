@@ -619,3 +619,52 @@ fn locking_among_threads_is_orderly() {
         assert!(rig.read(n).unwrap().iter().all(|b| *b == i as u8));
     }
 }
+
+#[test]
+fn a_store_opened_read_only_is_locked_and_unlocked_without_a_write() {
+    let rig = Rig::new(KekKind::Sealed, DAY);
+    let (_, f) = rig.make("f", &[5; 10_000]);
+    rig.store.sync_all().unwrap();
+    // As a killed daemon left it: not closed cleanly.
+    let disk = rig.disk.crash_process();
+    drop(f);
+    let keys = Keys::open(&disk, &roots(&[&rig.service])).unwrap();
+    let store = Store::open(disk.clone(), keys, StoreOptions { read_only: true, ..Default::default() }).unwrap();
+    let n = store.lookup(&store.root(), b"f").unwrap().0;
+    let f = store.open_file(&n, Access::Read).unwrap();
+    assert_eq!(all(&f).unwrap(), [5; 10_000]);
+    store.lock_keys(LockedBy::Operator).unwrap();
+    locked(all(&f));
+    assert_eq!(store.unlock_keys(&roots(&[&rig.service])).unwrap().restored, 1);
+    assert_eq!(all(&f).unwrap(), [5; 10_000]);
+}
+
+/// A lock does not wait for a disk that fails: the keys go, and the file is found as after a crash.
+#[test]
+fn a_lock_on_a_failing_disk_drops_the_keys_and_loses_nothing() {
+    use crate::backing::sim::Op;
+    for op in [Op::Truncate, Op::Write, Op::SyncFile] {
+        let rig = Rig::new(KekKind::Sealed, DAY);
+        let (node, f) = rig.make("f", &[5; 200_000]);
+        rig.store.sync_file(&node, &f).unwrap();
+        f.write(150_000, &[6; 100_000]).unwrap();
+        rig.disk.fail_from(Some(op), 0, libc::EIO);
+        let cut = f.set_len(100_100);
+        rig.lock();
+        locked(all(&f));
+        rig.disk.clear_faults();
+        rig.unlock();
+        let got = all(&f).unwrap();
+        let mut whole = vec![5; 150_000];
+        whole.resize(250_000, 6);
+        let shrunk = got.len() == 100_100;
+        assert!(shrunk || got.len() == 250_000, "{op:?}: {}", got.len());
+        assert!(cut.is_err() || shrunk, "{op:?}");
+        assert!(got == whole[..got.len()], "{op:?}");
+        f.write(0, b"on").unwrap();
+        assert_eq!(&all(&f).unwrap()[..2], b"on");
+        drop(f);
+        rig.store.settle(Duration::ZERO).unwrap();
+        assert_eq!(&rig.read(&node).unwrap()[..2], b"on");
+    }
+}

@@ -88,10 +88,10 @@ pub struct AccessArgs {
 /// The recovery key, for when no other root key opens the store. Never used without one of these.
 #[derive(Debug, Args, Default, Clone)]
 pub struct RecoveryArgs {
-    /// Open the store (an unmounted one) with its recovery key, asked for on the terminal
+    /// Open the store (an unmounted one, or one to be unlocked) with its recovery key, asked for on the terminal
     #[arg(long, conflicts_with = "recovery_file")]
     pub recovery: bool,
-    /// Open the store (an unmounted one) with the recovery key in FILE
+    /// Open the store (an unmounted one, or one to be unlocked) with the recovery key in FILE
     #[arg(long, value_name = "FILE")]
     pub recovery_file: Option<PathBuf>,
 }
@@ -204,6 +204,8 @@ pub struct UnlockArgs {
     pub target: PathBuf,
     #[command(flatten)]
     pub key: KeySource,
+    #[command(flatten)]
+    pub recovery: RecoveryArgs,
 }
 
 #[derive(Debug, Args)]

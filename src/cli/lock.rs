@@ -6,6 +6,7 @@ use super::{output, root_keys, status};
 use crate::daemon::client::Connection;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::protocol::{Hidden, KeysReply, KeysState, Reply, Request};
+use crate::kms::recovery::RecoveryKey;
 use std::path::Path;
 
 /// Runs `lock`.
@@ -25,8 +26,9 @@ pub fn lock(a: &LockArgs) -> Result<(), Fault> {
 /// [`FaultKind::NotMounted`]; root keys, and what the key service says.
 pub fn unlock(a: &UnlockArgs) -> Result<(), Fault> {
     let (place, c) = mounted(&a.target)?;
-    let passphrase = passphrase(a, &place)?;
-    let r = ask(c, &Request::Unlock { keys: a.key.keys.clone(), passphrase })?;
+    let recovery = recovery(a)?;
+    let passphrase = if recovery.is_none() { passphrase(a, &place)? } else { None };
+    let r = ask(c, &Request::Unlock { keys: a.key.keys.clone(), passphrase, recovery })?;
     let text = match (r.keys.state, r.changed) {
         (KeysState::Ready, true) => "unlocked\n".to_owned(),
         (KeysState::Ready, false) => "not locked\n".to_owned(),
@@ -53,6 +55,13 @@ fn passphrase(a: &UnlockArgs, place: &Place) -> Result<Option<Hidden>, Fault> {
     let given = access.passphrase_file.is_some() || access.passphrase_command.is_some();
     let only = !uris.is_empty() && uris.iter().all(|u| u.starts_with("passphrase:"));
     if given || only { root_keys::read_passphrase(access, false).map(Some) } else { Ok(None) }
+}
+
+/// The recovery key, if it is to be used: read here, so that a slip of the pen is told before it is sent anywhere.
+fn recovery(a: &UnlockArgs) -> Result<Option<Hidden>, Fault> {
+    let Some(source) = root_keys::recovery_source(&a.recovery) else { return Ok(None) };
+    let key = RecoveryKey::enter(&source).map_err(|e| Fault::kms("recovery:", &e))?;
+    Ok(key.printed().map(|text| Hidden::new(text.to_string())))
 }
 
 fn mounted(target: &Path) -> Result<(Place, Connection), Fault> {

@@ -14,6 +14,7 @@ use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
 use crate::format::ids::RootKeyId;
+use crate::kms::recovery::RecoveryKey;
 use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, passphrase};
 use crate::rotation;
@@ -51,7 +52,9 @@ impl Handler for Control {
             Request::RotateCancel => self.job.steer(rotation::Control::cancel).map(|()| Reply::Done),
             Request::KeyAdd { uri, passphrase } => self.key_add(&uri, passphrase.as_ref()).map(|()| Reply::Done),
             Request::Lock => self.lock().map(Reply::Keys),
-            Request::Unlock { keys, passphrase } => self.unlock(&keys, passphrase.as_ref()).map(Reply::Keys),
+            Request::Unlock { keys, passphrase, recovery } => {
+                self.unlock(&keys, passphrase.as_ref(), recovery.as_ref()).map(Reply::Keys)
+            }
             Request::KeyRemove { id } => self.key_remove(&id).map(|()| Reply::Done),
             Request::KeyRefresh { dry_run } => self.key_refresh(dry_run).map(Reply::Refreshed),
             Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
@@ -109,9 +112,15 @@ impl Control {
 
     /// With root keys given, or keys that are not in memory, opens the keyring anew. Else there is nothing to unlock, and
     /// the service is asked at once, for somebody may have put right what it refused.
-    fn unlock(&self, given: &[String], passphrase: Option<&Hidden>) -> Result<KeysReply, Fault> {
+    fn unlock(
+        &self,
+        given: &[String],
+        passphrase: Option<&Hidden>,
+        recovery: Option<&Hidden>,
+    ) -> Result<KeysReply, Fault> {
         let before = self.keeper.status();
-        if given.is_empty() && passphrase.is_none() && before.state != KeysState::Locked {
+        let brought = !given.is_empty() || passphrase.is_some() || recovery.is_some();
+        if !brought && before.state != KeysState::Locked {
             if before.state != KeysState::Ready {
                 self.keeper.refresh();
             }
@@ -127,6 +136,12 @@ impl Control {
             // Connected to now, and first: what waits to be needed would keep the passphrase as it waits.
             let uri = RootKeyUri::parse("passphrase:").map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
             root.insert(0, self.connect_to(&uri, Some(p), false)?);
+        }
+        if let Some(r) = recovery {
+            let text = PassphraseSource::Fixed(Zeroizing::new(r.expose().as_bytes().to_vec()));
+            let key = RecoveryKey::enter(&text).map_err(|e| Fault::kms("recovery:", &e))?;
+            // It was asked for, so it is what shall be used.
+            root.insert(0, Arc::new(key));
         }
         let done = self.keeper.unlock(&root)?;
         Ok(KeysReply { changed: true, restored: done.restored, failed: done.failed, keys: self.keeper.status() })

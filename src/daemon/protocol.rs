@@ -44,6 +44,9 @@ pub enum Request {
         /// Passphrase of a `passphrase:` root key.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         passphrase: Option<Hidden>,
+        /// The recovery key, as it is printed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        recovery: Option<Hidden>,
     },
     /// Remove the root key with this id from the keyring.
     KeyRemove {
@@ -104,7 +107,7 @@ pub struct RotateRequest {
     pub destroy_old: bool,
 }
 
-/// A passphrase on its way through the socket: wiped when dropped, never shown.
+/// A passphrase or a recovery key on its way through the socket: wiped when dropped, never shown.
 ///
 /// In hexadecimal on the wire, so that nothing in it needs escaping: serde then hands it on where it lies in the line, and
 /// makes no copy that nobody wipes.
@@ -417,7 +420,11 @@ mod tests {
             Request::KeyRefresh { dry_run: true },
             Request::AuditSeals { seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
             Request::Lock,
-            Request::Unlock { keys: vec!["keyfile:/k".into()], passphrase: Some(Hidden::new("p w".into())) },
+            Request::Unlock {
+                keys: vec!["keyfile:/k".into()],
+                passphrase: Some(Hidden::new("p w".into())),
+                recovery: None,
+            },
         ] {
             let mut b = Vec::new();
             send(&mut b, &r).unwrap();
@@ -465,7 +472,11 @@ mod tests {
                 Ok(n)
             }
         }
-        let r = Request::Unlock { keys: vec!["k".repeat(10_000)], passphrase: Some(Hidden::new("ü \"\\\n".into())) };
+        let r = Request::Unlock {
+            keys: vec!["k".repeat(10_000)],
+            passphrase: Some(Hidden::new("ü \"\\\n".into())),
+            recovery: None,
+        };
         let mut b = Vec::new();
         send(&mut b, &r).unwrap();
         assert_eq!(receive_only::<Request>(&mut Drip(&b)).unwrap(), Some(r));

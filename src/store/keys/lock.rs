@@ -101,7 +101,7 @@ impl Keys {
                 counts => answer = if new.is_empty() { answer } else { counts },
             }
         }
-        let change = self.gate.refreshed(epoch, answer.as_ref().map(|()| ()));
+        let change = self.gate.refreshed(epoch, answer.as_ref().copied());
         match (change, &answer) {
             (Change::WentOffline, Err(e)) => {
                 tracing::warn!(
@@ -174,7 +174,7 @@ impl Keys {
     fn connect_remote_spare(&self, ring: &Keyring) -> bool {
         let local = |p: &Arc<dyn KeyProvider>| {
             // Asking for a passphrase or reading a key file is not ours to do here.
-            p.describe().is_ok_and(|d| d.uri.starts_with("passphrase:") || d.uri.starts_with("keyfile:"))
+            p.describe().is_ok_and(|d| ["passphrase:", "keyfile:", "recovery:"].iter().any(|s| d.uri.starts_with(s)))
         };
         let spare = self.state.read().spare.clone();
         let mut any = false;

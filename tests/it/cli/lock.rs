@@ -160,3 +160,27 @@ fn a_locked_daemon_unmounts_and_a_killed_one_leaves_the_store_whole() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     wait_for("the end", || b.is_unlocked());
 }
+
+#[test]
+fn a_recovery_key_unlocks_when_the_others_are_lost() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    let out = b.ok("init back --key keyfile:DIR/key --recovery-key");
+    let paper = out.lines().map(str::trim).find(|l| l.len() == 69).expect("a recovery key is printed").to_owned();
+    fs::write(b.path("paper"), &paper).unwrap();
+    fs::write(b.path("torn"), &paper[..60]).unwrap();
+    b.ok("mount back mnt");
+    fs::write(b.path("mnt/f"), "content").unwrap();
+    b.ok("lock mnt");
+    fs::remove_file(b.path("key")).unwrap();
+    assert_eq!(b.run("unlock mnt").status.code(), Some(13));
+    assert_eq!(b.run("unlock mnt --recovery-file DIR/torn").status.code(), Some(13));
+    b.says("unlock mnt --recovery-file DIR/paper", 0, "unlocked\n", "");
+    assert_eq!(fs::read_to_string(b.path("mnt/f")).unwrap(), "content");
+    // What was locked and unlocked still changes its root keys.
+    b.ok("key add mnt keyfile:DIR/new");
+    b.ok("unmount mnt");
+    b.ok("mount back mnt --key keyfile:DIR/new");
+}

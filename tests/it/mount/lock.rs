@@ -362,7 +362,7 @@ impl Hanging {
         }
         let service = Scripted::new("s");
         let root: [Arc<dyn KeyProvider>; 1] = [service.clone()];
-        let b = Posix::open(&dir.path().join("back")).unwrap();
+        let b = Posix::open(dir.path().join("back")).unwrap();
         Store::init(&b, &root, KekKind::External, StoreFlags::default()).unwrap();
         let keys = Keys::open(&b, &root).unwrap();
         // So that every open is a call.

@@ -178,6 +178,9 @@ impl Authority {
 
     /// An ordinary call to the active KEK's service ended (kind external).
     pub fn called(&mut self, result: Result<(), &KmsError>, now: Instant) -> Change {
+        if self.policy.is_none() {
+            return Change::None;
+        }
         match (result, &self.standing) {
             (Ok(()), Standing::Ready) => {
                 self.last_ok = now;
@@ -222,6 +225,9 @@ impl Authority {
     /// # Errors
     /// The service's refusal; [`KmsError::Unreachable`] once the grace is over.
     pub fn check(&self, now: Instant) -> Result<(), KmsError> {
+        if self.policy.is_none() {
+            return Ok(());
+        }
         match self.view(now) {
             View::Ready => Ok(()),
             View::Refused { why, .. } => Err(why),
@@ -432,6 +438,18 @@ mod tests {
         assert!(matches!(a.view(t + s(9)), View::Offline { since, .. } if since == t + s(7)));
         assert_eq!(a.called(Ok(()), t + s(10)), Change::Restored);
         assert_eq!(a.view(t + s(10)), View::Ready);
+    }
+
+    /// A rotation of a store that is not mounted waits for the service itself: nobody would ever lift a refusal.
+    #[test]
+    fn where_nobody_watches_everything_is_allowed() {
+        let t = Instant::now();
+        let mut a = Authority::new(t);
+        a.set_remote(true);
+        for n in 0..8 {
+            assert_eq!(a.called(Err(&error(n)), t), Change::None);
+            assert!(a.check(t + s(1 << 30)).is_ok() && !a.is_due(t + s(1 << 30)));
+        }
     }
 
     #[derive(Debug, Clone)]

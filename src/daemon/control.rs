@@ -8,12 +8,14 @@ use super::metrics::source::Source;
 use super::observed::Observed;
 use super::open;
 use super::protocol::{
-    AuditHead, CacheStatus, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request, RotateRequest, SealToCheck,
+    AuditHead, CacheStatus, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request, RotateRequest,
+    SealToCheck,
 };
 use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
 use crate::format::ids::RootKeyId;
+use crate::kms::guard;
 use crate::kms::recovery::RecoveryKey;
 use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, passphrase};
@@ -129,6 +131,7 @@ impl Control {
         }
         let uris = if given.is_empty() { &self.keys } else { given };
         let o = ConnectOptions { passphrase: Some(not_asked()), services: self.services.clone(), ..Default::default() };
+        let o = self.observed.connect(&o);
         let ring = self.store.shared().keys.snapshot();
         let mut root = open::root_keys(uris, &ring, &o)?;
         if let Some(p) = passphrase {
@@ -141,7 +144,8 @@ impl Control {
             let text = PassphraseSource::Fixed(Zeroizing::new(r.expose().as_bytes().to_vec()));
             let key = RecoveryKey::enter(&text).map_err(|e| Fault::kms("recovery:", &e))?;
             // It was asked for, so it is what shall be used.
-            root.insert(0, Arc::new(key));
+            let uri = key.uri().clone();
+            root.insert(0, guard::around(Arc::new(key), &uri, &o));
         }
         let done = self.keeper.unlock(&root)?;
         Ok(KeysReply { changed: true, restored: done.restored, failed: done.failed, keys: self.keeper.status() })

@@ -13,6 +13,7 @@ use super::server::open_dir;
 use crate::backing::posix::Posix;
 use crate::fuse::Caches;
 use crate::kms::KeyProvider;
+use crate::kms::event::{Change, StoreChange};
 use crate::store::Store;
 use crate::store::keys::authority::Policy;
 use crate::store::keys::{KeyState, LockedBy};
@@ -100,6 +101,11 @@ impl KeyKeeper {
         caches.drop_pages();
         let locked = self.store.lock_keys(by);
         caches.drop_pages();
+        let about = match by {
+            LockedBy::Operator => "on request",
+            LockedBy::Refusal => "the key service refuses",
+        };
+        self.tell(StoreChange::Lock, about);
         match by {
             LockedBy::Operator => tracing::warn!("keys locked: files give ENOKEY until they are unlocked"),
             LockedBy::Refusal => tracing::warn!("keys dropped because the key service refuses (on_denied = \"drop\")"),
@@ -121,6 +127,7 @@ impl KeyKeeper {
         }
         let done = self.store.unlock_keys(root).map_err(|e| Fault::store(&self.backing, &e))?;
         self.job.release();
+        self.tell(StoreChange::Unlock, "on request");
         tracing::info!("keys unlocked; {} open files have theirs again, {} do not", done.restored, done.failed);
         Ok(done)
     }
@@ -160,10 +167,15 @@ impl KeyKeeper {
         match self.store.unlock_after_refusal() {
             Ok(done) => {
                 self.job.release();
+                self.tell(StoreChange::Unlock, "the key service unwraps again");
                 tracing::info!("keys are back; {} open files have theirs again, {} do not", done.restored, done.failed);
             }
             Err(e) => tracing::warn!("the key service unwraps again, and yet the keys did not come back: {e}"),
         }
+    }
+
+    fn tell(&self, change: StoreChange, about: &str) {
+        self.store.shared().keys.tell(&Change::Store { change, about });
     }
 
     fn look(&self) {

@@ -3,9 +3,11 @@
 use super::authority::{Authority, Change, Policy, View};
 use crate::crypto::random;
 use crate::kms::KmsError;
+use crate::kms::event::{self, Observer, StoreChange};
 use crate::store::{Result, StoreError};
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Who closed the door.
@@ -87,6 +89,8 @@ pub struct Gate {
     /// Some KEK, now or since the mount, is a key in a service.
     calls: AtomicBool,
     inner: Mutex<Inner>,
+    /// Who is told of a service that goes away, refuses, or comes back.
+    observer: OnceLock<Arc<dyn Observer>>,
 }
 
 impl Gate {
@@ -94,7 +98,12 @@ impl Gate {
     pub(super) fn new() -> Self {
         let now = Instant::now();
         let inner = Inner { authority: Authority::new(now), by: LockedBy::Operator, since: now, epoch: 0 };
-        Self { phase: AtomicU8::new(Phase::Open.to_byte()), calls: AtomicBool::new(false), inner: Mutex::new(inner) }
+        Self {
+            phase: AtomicU8::new(Phase::Open.to_byte()),
+            calls: AtomicBool::new(false),
+            inner: Mutex::new(inner),
+            observer: OnceLock::new(),
+        }
     }
 
     /// A KEK is a key in a service.
@@ -167,6 +176,25 @@ impl Gate {
             (Change::WentOffline, Err(e)) => tracing::warn!("the key service does not answer: {e}"),
             (Change::Restored, _) => tracing::info!("the key service answers again"),
             _ => {}
+        }
+        self.tell(change, r);
+    }
+
+    pub(super) fn set_observer(&self, o: Arc<dyn Observer>) {
+        let _ = self.observer.set(o);
+    }
+
+    /// Tells the observer of a change of standing that `r` made.
+    pub(super) fn tell(&self, change: Change, r: std::result::Result<(), &KmsError>) {
+        let change = match change {
+            Change::None => return,
+            Change::WentOffline => StoreChange::Offline,
+            Change::Refused => StoreChange::Denied,
+            Change::Restored => StoreChange::Online,
+        };
+        if let Some(o) = self.observer.get() {
+            let about = r.err().map(KmsError::to_string).unwrap_or_default();
+            o.change(&event::Change::Store { change, about: &about });
         }
     }
 

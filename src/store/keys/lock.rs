@@ -102,6 +102,7 @@ impl Keys {
             }
         }
         let change = self.gate.refreshed(epoch, answer.as_ref().copied());
+        self.gate.tell(change, answer.as_ref().copied());
         match (change, &answer) {
             (Change::WentOffline, Err(e)) => {
                 tracing::warn!(

@@ -23,6 +23,7 @@ struct Watched<'a> {
 impl Keys {
     /// Has `o` told of every use of a DEK and every change of keys from now on. Can be said once; later ones are ignored.
     pub fn set_observer(&self, o: Arc<dyn Observer>) {
+        self.gate.set_observer(o.clone());
         let _ = self.observer.set(o);
     }
 

@@ -666,3 +666,32 @@ fn a_lock_on_a_failing_disk_drops_the_keys_and_loses_nothing() {
         assert_eq!(&rig.read(&node).unwrap()[..2], b"on");
     }
 }
+
+#[test]
+fn the_observer_hears_of_a_service_that_goes_and_comes_back() {
+    use crate::kms::event::{self, Observer, StoreChange};
+    #[derive(Default)]
+    struct Heard(parking_lot::Mutex<Vec<StoreChange>>);
+    impl Observer for Heard {
+        fn call(&self, _: &event::Call<'_>) {}
+        fn change(&self, c: &event::Change<'_>) {
+            if let event::Change::Store { change, .. } = c {
+                self.0.lock().push(*change);
+            }
+        }
+    }
+    let rig = Rig::new(KekKind::External, DAY);
+    let heard = Arc::new(Heard::default());
+    rig.keys().set_observer(heard.clone());
+    let n = rig.make_cold("f", b"f");
+    rig.service.then(Call::Unwrap, Behaviour::Fail(KmsError::Unreachable("gone".into())));
+    assert!(rig.read(&n).is_err());
+    rig.read(&n).unwrap();
+    rig.service.always(denied());
+    rig.keys().ask_service();
+    rig.keys().ask_service();
+    rig.service.always(Behaviour::Obey);
+    rig.keys().ask_service();
+    let want = [StoreChange::Offline, StoreChange::Online, StoreChange::Denied, StoreChange::Online];
+    assert_eq!(*heard.0.lock(), want);
+}

@@ -250,6 +250,7 @@ impl Keys {
             return Err(why.map_or(StoreError::Damage(Damage::KekUnknown(active)), StoreError::Kms));
         };
         let gate = Arc::new(Gate::new());
+        gate.activated(handle.kind());
         opened.handles.values().for_each(|h| h.report_to(&gate));
         Ok(Self {
             store: ring.store,

@@ -104,6 +104,14 @@ impl<B: Backing> Store<B> {
         self.shared().keys.phase() != Phase::Open
     }
 
+    /// For whoever is about to make a file, or to empty one that is to be written anew.
+    ///
+    /// # Errors
+    /// As [`super::keys::Keys::may_create`].
+    pub fn may_create(&self) -> Result<()> {
+        self.shared().keys.may_create()
+    }
+
     /// For whoever is about to read content.
     ///
     /// # Errors

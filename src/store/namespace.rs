@@ -64,7 +64,7 @@ impl<B: Backing> Store<B> {
     ///
     /// # Errors
     /// [`StoreError::Exists`], [`StoreError::ReadOnly`], those of [`Store::lookup`] and of
-    /// [`super::keys::Keys::may_open`]. Nothing stays after an error.
+    /// [`super::keys::Keys::may_create`]. Nothing stays after an error.
     pub fn create(
         &self,
         dir: &Arc<Node<B>>,
@@ -74,7 +74,7 @@ impl<B: Backing> Store<B> {
         owner: Option<Owner>,
     ) -> Result<(Arc<Node<B>>, Attr, OpenFile<B>)> {
         // Its first write will need the active KEK, and may reach us when nobody can be told of an error any more.
-        self.shared().keys.may_open()?;
+        self.shared().keys.may_create()?;
         let b = self.backing();
         let make = |fd: &B::Node, name: &Encoded| {
             // Never setuid as root, not for an instant: see `give`.

@@ -201,6 +201,14 @@ impl<B: Backing> FileCore<B> {
             self.close_if_unused(&mut inner);
             return Err(e);
         }
+        // The first write to an empty file makes its key.
+        if writer
+            && inner.keys.is_none()
+            && let Err(e) = self.shared.keys.may_create()
+        {
+            self.close_if_unused(&mut inner);
+            return Err(e);
+        }
         if writer && inner.keys.as_ref().is_some_and(|k| !k.writable) {
             self.close_if_unused(&mut inner);
             return Err(StoreError::ReadOnly);

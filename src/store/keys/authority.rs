@@ -239,6 +239,23 @@ impl Authority {
         }
     }
 
+    /// Whether something that needs an answer now may be begun: not while there is none. Has the service asked soon, so
+    /// that its return is noticed.
+    ///
+    /// # Errors
+    /// As [`Authority::check`]; what the service said last while it gives no answer.
+    pub fn check_answering(&mut self, now: Instant) -> Result<(), KmsError> {
+        self.check(now)?;
+        match (&self.standing, self.policy) {
+            (Standing::Offline { why, .. }, Some(_)) => {
+                let why = why.clone();
+                self.next = self.next.min(now);
+                Err(KmsError::Unreachable(why.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The standing at `now`.
     pub fn view(&self, now: Instant) -> View {
         match &self.standing {
@@ -438,6 +455,21 @@ mod tests {
         assert!(matches!(a.view(t + s(9)), View::Offline { since, .. } if since == t + s(7)));
         assert_eq!(a.called(Ok(()), t + s(10)), Change::Restored);
         assert_eq!(a.view(t + s(10)), View::Ready);
+    }
+
+    #[test]
+    fn what_needs_an_answer_waits_for_one_and_has_it_asked_for() {
+        let t = Instant::now();
+        let mut a = watched(t, GRACE);
+        assert!(a.check_answering(t).is_ok());
+        a.refreshed(Err(&error(0)), t, 0.5);
+        assert!(a.check(t + s(1)).is_ok() && !a.is_due(t + s(1)));
+        assert!(matches!(a.check_answering(t + s(1)), Err(KmsError::Unreachable(_))));
+        assert!(a.is_due(t + s(1)));
+        a.refreshed(Ok(()), t + s(2), 0.5);
+        assert!(a.check_answering(t + s(2)).is_ok());
+        a.refreshed(Err(&error(6)), t + s(3), 0.5);
+        assert_eq!(a.check_answering(t + s(3)), Err(error(6)));
     }
 
     /// A rotation of a store that is not mounted waits for the service itself: nobody would ever lift a refusal.

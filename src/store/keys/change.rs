@@ -105,6 +105,7 @@ impl Keys {
         let ring = self.commit(b, ring, &[])?;
         active.set_may_wrap(false);
         handle.set_may_wrap(true);
+        self.gate.activated(handle.kind());
         let old = std::mem::replace(&mut *active, handle);
         self.state.write().ring = ring;
         drop(active);

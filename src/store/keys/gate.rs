@@ -2,6 +2,7 @@
 
 use super::authority::{Authority, Change, Policy, View};
 use crate::crypto::random;
+use crate::format::keyring::KekKind;
 use crate::kms::KmsError;
 use crate::kms::event::{self, Observer, StoreChange};
 use crate::store::{Result, StoreError};
@@ -86,6 +87,8 @@ struct Inner {
 /// The door. Shared by the keyring and those of its KEKs that call a service.
 pub struct Gate {
     phase: AtomicU8,
+    /// The active KEK is a key in a provider: every wrap is a call to it.
+    wraps_outside: AtomicBool,
     /// Some KEK, now or since the mount, is a key in a service.
     calls: AtomicBool,
     inner: Mutex<Inner>,
@@ -100,9 +103,28 @@ impl Gate {
         let inner = Inner { authority: Authority::new(now), by: LockedBy::Operator, since: now, epoch: 0 };
         Self {
             phase: AtomicU8::new(Phase::Open.to_byte()),
+            wraps_outside: AtomicBool::new(false),
             calls: AtomicBool::new(false),
             inner: Mutex::new(inner),
             observer: OnceLock::new(),
+        }
+    }
+
+    /// Another KEK is the active one.
+    pub(super) fn activated(&self, kind: KekKind) {
+        self.wraps_outside.store(kind == KekKind::External, Ordering::Relaxed);
+    }
+
+    /// Whether files may be made. Where a new file's key has to be wrapped by a call, not while no answer is to be had: its
+    /// first write may reach us when nobody can be told of an error any more.
+    ///
+    /// # Errors
+    /// As [`Gate::may_open`]; what the service said last.
+    pub(super) fn may_create(&self) -> Result<()> {
+        self.may_open()?;
+        match self.wraps_outside.load(Ordering::Relaxed) {
+            true => self.authority(Authority::check_answering).map_err(Into::into),
+            false => Ok(()),
         }
     }
 

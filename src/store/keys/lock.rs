@@ -29,6 +29,14 @@ impl Keys {
         self.gate.may_open()
     }
 
+    /// Whether files may be made now.
+    ///
+    /// # Errors
+    /// As [`Keys::may_open`]; under an external KEK also that the service does not answer.
+    pub fn may_create(&self) -> Result<()> {
+        self.gate.may_create()
+    }
+
     /// Whether content may be changed now.
     ///
     /// # Errors
@@ -263,6 +271,7 @@ impl Keys {
             return Err(why.map_or(StoreError::Damage(Damage::KekUnknown(id)), StoreError::Kms));
         };
         opened.handles.values().for_each(|h| h.report_to(&self.gate));
+        self.gate.activated(handle.kind());
         *self.active.write() = handle;
         {
             let mut s = self.state.write();

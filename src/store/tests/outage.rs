@@ -539,6 +539,18 @@ fn ordinary_calls_of_an_external_kek_tell_of_an_outage_and_of_its_end() {
     assert!(rig.keys().refresh_is_due(), "it is asked about at once");
     assert_eq!(rig.read(&b).unwrap(), b"b", "within the grace it is tried");
     assert_eq!(rig.keys().standing().state, KeyState::Ready);
+    // Without an answer no file can be made: nobody would hear that its first write failed.
+    rig.service.then(Call::Unwrap, Behaviour::Fail(KmsError::Unreachable("gone".into())));
+    rig.store.forget_idle_keys();
+    assert!(rig.read(&a).is_err());
+    let root = rig.store.root();
+    assert!(matches!(kms(rig.store.create(&root, b"new", 0o600, 0, None)), KmsError::Unreachable(_)));
+    let (empty, _) = rig.store.mknod(&root, b"empty", crate::backing::Kind::File, 0o600, 0, 0, None).unwrap();
+    assert!(matches!(kms(rig.store.open_file(&empty, Access::ReadWrite)), KmsError::Unreachable(_)));
+    rig.store.open_file(&empty, Access::Read).unwrap();
+    assert!(rig.keys().refresh_is_due());
+    assert_eq!(rig.keys().ask_service(), Change::Restored);
+    drop(rig.make("new", b"new"));
     rig.service.then(Call::Unwrap, denied());
     assert!(matches!(kms(rig.read(&a)), KmsError::Denied(_)));
     assert_eq!(rig.keys().standing().state, KeyState::Ready);

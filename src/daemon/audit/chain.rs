@@ -123,12 +123,14 @@ pub fn tail(bytes: &[u8], from_start: bool) -> Result<Tail, NotALog> {
     }
 }
 
-/// Whether this can be what a crash leaves of a log's first record: its beginning, or zeros where it was to be.
+/// Whether this can be what crashes leave of a log's first record: its beginning, and whatever was begun on later lines, or
+/// zeros where it was to be.
 fn is_torn_first(bytes: &[u8]) -> bool {
     const BEGINS: &[u8] = b"{\"time\":\"";
-    let n = bytes.len().min(BEGINS.len());
-    let begun = n > 0 && bytes.get(..n) == BEGINS.get(..n);
-    begun || (n > 0 && bytes.iter().all(|b| *b == 0))
+    let first = bytes.split(|b| *b == b'\n').next().unwrap_or_default();
+    let n = first.len().min(BEGINS.len());
+    let begun = n > 0 && first.get(..n) == BEGINS.get(..n);
+    begun || (!bytes.is_empty() && bytes.iter().all(|b| *b == 0))
 }
 
 /// Why a line is not what it must be.

@@ -296,6 +296,9 @@ fn what_is_no_log_is_not_appended_to() {
     let last = l.bytes[..l.bytes.len() - 1].iter().rposition(|b| *b == b'\n').unwrap();
     assert_eq!(tail(&l.bytes[last..], false).unwrap().chain, l.chain);
     assert_eq!(tail(&l.bytes[last + 1..], false), Err(NotALog::TooLong), "where the line begins is not known");
+    // Two crashes, the first of them after a few bytes of the first record.
+    let twice = b"{\n{\"time\":\"20";
+    assert_eq!(tail(twice, true).unwrap().torn, Some(Torn::of(twice)));
     // Zeros, as a power cut can leave them.
     let mut zeros = l.bytes.clone();
     zeros.extend_from_slice(&[0; 5000]);

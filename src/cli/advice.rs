@@ -31,6 +31,9 @@ fn advice(kind: FaultKind, subject: &str) -> String {
         FaultKind::AuditLog => {
             "keep the log as it is, and compare it with a copy or a head that was noted before".into()
         }
+        FaultKind::Report => {
+            "it proves nothing: keep it as it is, and take another copy, or make a new one with: rotate --report".into()
+        }
         FaultKind::RotationIncomplete => format!("what is done stays done; finish it with: envelopefs rotate {s}"),
         FaultKind::NotMounted => "mount it first with: envelopefs mount BACKING MOUNTPOINT".into(),
         FaultKind::MountPoint => "use an existing directory outside the backing directory".into(),

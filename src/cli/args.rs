@@ -28,7 +28,7 @@ pub enum Command {
     Status(StatusArgs),
     /// Re-wrap every file's key under a new KEK, mounted or not
     Rotate(RotateArgs),
-    /// List, add, remove and refresh root keys
+    /// List, add, remove and refresh root keys; check reports
     #[command(subcommand)]
     Key(KeyCommand),
     /// Look for damage
@@ -264,6 +264,9 @@ pub struct RotateArgs {
     /// Destroy the old KEK once no header names it
     #[arg(long)]
     pub destroy_old: bool,
+    /// Write a report to FILE, sealed with the store's key, also if the rotation is cancelled or incomplete
+    #[arg(long, value_name = "FILE", conflicts_with = "steer")]
+    pub report: Option<PathBuf>,
     /// One JSON object at the end
     #[arg(long)]
     pub json: bool,
@@ -276,9 +279,28 @@ pub enum KeyCommand {
         /// Mount point or backing directory
         #[arg(value_name = "MOUNTPOINT|BACKING")]
         target: PathBuf,
+        /// Count the headers that name each KEK, too: looks at every file, and opens the store if it is not mounted
+        #[arg(long)]
+        count: bool,
         /// One JSON object
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        open: OpenKeys,
+    },
+    /// Check that a report of rotate --report is this store's, and say what it proves
+    VerifyReport {
+        /// The report
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// The store that it is about; may be left out if that is mounted
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: Option<PathBuf>,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        open: OpenKeys,
     },
     /// Add a root key: from then on it opens the store too
     Add {

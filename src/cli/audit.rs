@@ -3,13 +3,13 @@
 use super::args::AuditVerifyArgs;
 use super::config::{Config, StoreConfig};
 use super::place::Place;
-use super::{output, root_keys};
+use super::{output, root_keys, seals};
+use crate::crypto::seal::{Seal, hash_from, hex};
 use crate::daemon::audit::chain::{Bad, Beginning, Summary, Verifier};
-use crate::daemon::audit::line::{SealKey, hash_from, hex};
 use crate::daemon::audit::verify::{self, Refused};
 use crate::daemon::audit::{OnError, Options};
 use crate::daemon::fault::{Fault, FaultKind};
-use crate::daemon::protocol::{Reply, Request, SEALS_MAX, SealToCheck};
+use crate::daemon::protocol::{Reply, Request, Sealed};
 use crate::daemon::{mounts, open};
 use crate::format::ids::StoreId;
 use serde::Serialize;
@@ -42,16 +42,16 @@ pub fn options_of(c: &Config, backing: &Path) -> Result<Option<Options>, Fault> 
     options(None, c, c.store.values().find(is_it))
 }
 
-/// Refuses a log that lies in one of `dirs`: in the mount it would wait for itself, in the backing directory it would be
-/// taken for a file of the store.
+/// Refuses a file (`what` it is) that lies in one of `dirs`: in the mount a log would wait for itself, in the backing
+/// directory it would be taken for a file of the store.
 ///
 /// # Errors
 /// [`FaultKind::Usage`].
-pub fn refuse_inside(log: &Path, dirs: &[&Path]) -> Result<(), Fault> {
-    let folder = log.parent().and_then(|p| mounts::resolve(p).ok());
+pub fn refuse_inside(what: &str, file: &Path, dirs: &[&Path]) -> Result<(), Fault> {
+    let folder = file.parent().and_then(|p| mounts::resolve(p).ok());
     match folder.and_then(|f| dirs.iter().find(|d| f.starts_with(d)).copied()) {
         Some(d) => {
-            let text = format!("audit log {} lies in {}: put it elsewhere", log.display(), d.display());
+            let text = format!("{what} {} lies in {}: put it elsewhere", file.display(), d.display());
             Err(Fault::new(FaultKind::Usage, text))
         }
         None => Ok(()),
@@ -166,24 +166,15 @@ fn read(mut v: Verifier, files: &[PathBuf], live: Option<usize>) -> Result<Resul
     Ok(v.end().map_err(|b| (files.len().saturating_sub(1), b)))
 }
 
-/// Which of the seals were made with the store's key, by whoever has it: the daemon, or we with the root keys.
+/// Which of the seals were made with the store's key.
 fn genuine_seals(place: &Place, a: &AuditVerifyArgs, s: &Summary) -> Result<Vec<bool>, Fault> {
-    if place.connect()?.is_none() {
-        let connect = root_keys::connect_options(&a.key.access)?;
-        let keys = open::keys(&place.posix, &a.key.keys, &connect)?;
-        let key = SealKey::of(keys.secret());
-        return Ok(s.seals.iter().map(|x| key.is_genuine(&x.seal)).collect());
-    }
-    let mut genuine = Vec::with_capacity(s.seals.len());
-    for some in s.seals.chunks(SEALS_MAX) {
-        let seals = some.iter().map(|x| SealToCheck { digest: hex(&x.seal.digest), mac: hex(&x.seal.mac) }).collect();
-        let gone = || Fault::new(FaultKind::Daemon, "the store was unmounted meanwhile; try again");
-        match place.connect()?.ok_or_else(gone)?.ask(&Request::AuditSeals { seals }, |_| {})? {
-            Reply::AuditSeals(g) if g.len() == some.len() => genuine.extend(g),
-            _ => return Err(Fault::new(FaultKind::Daemon, "the daemon answered something else than was asked")),
-        }
-    }
-    Ok(genuine)
+    let all: Vec<Seal> = s.seals.iter().map(|x| x.seal).collect();
+    seals::genuine(
+        Sealed::AuditLog,
+        &all,
+        || place.connect(),
+        || open::keys(&place.posix, &a.key.keys, &root_keys::connect_options(&a.key.access)?),
+    )
 }
 
 impl Report {
@@ -297,8 +288,8 @@ mod tests {
         std::os::unix::fs::symlink(&mnt, d.path().join("link")).unwrap();
         let dirs = [mnt.as_path(), back.as_path()];
         for bad in ["mnt/log", "mnt/sub/log", "back/log", "link/log"] {
-            assert_eq!(refuse_inside(&d.path().join(bad), &dirs).unwrap_err().kind, FaultKind::Usage, "{bad}");
+            assert_eq!(refuse_inside("log", &d.path().join(bad), &dirs).unwrap_err().kind, FaultKind::Usage, "{bad}");
         }
-        refuse_inside(&d.path().join("log"), &dirs).unwrap();
+        refuse_inside("log", &d.path().join("log"), &dirs).unwrap();
     }
 }

@@ -94,7 +94,7 @@ impl From<FaultKind> for Exit {
             FaultKind::Unreachable => Exit::Unreachable,
             FaultKind::Denied => Exit::Denied,
             FaultKind::Locked => Exit::Locked,
-            FaultKind::Damage | FaultKind::AuditLog => Exit::Damage,
+            FaultKind::Damage | FaultKind::AuditLog | FaultKind::Report => Exit::Damage,
             FaultKind::RotationIncomplete => Exit::RotationIncomplete,
             FaultKind::NotMounted => Exit::NotMounted,
             FaultKind::MountPoint | FaultKind::MountTaken => Exit::MountPoint,

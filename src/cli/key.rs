@@ -3,7 +3,7 @@
 use super::args::{AccessArgs, KeyCommand, OpenKeys};
 use super::config::Config;
 use super::place::Place;
-use super::{audit, output, recovery, root_keys, status};
+use super::{audit, key_list, output, recovery, report, root_keys};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
@@ -22,7 +22,8 @@ use std::sync::Arc;
 /// Root keys; [`FaultKind::Locked`]; the store's.
 pub fn run(c: &KeyCommand) -> Result<(), Fault> {
     match c {
-        KeyCommand::List { target, json } => status::key_list(target, *json),
+        KeyCommand::List { target, count, json, open } => key_list::run(target, *count, *json, open),
+        KeyCommand::VerifyReport { file, target, json, open } => report::verify(file, target.as_deref(), *json, open),
         KeyCommand::Add { target, uri, key, new_passphrase_file, open } => {
             // clap sees to it that there is exactly one of them.
             let uri = uri.as_deref().or(key.as_deref()).unwrap_or_default();
@@ -148,7 +149,10 @@ fn remove(place: &Place, which: &str, old: &OpenKeys) -> Result<(), Fault> {
 }
 
 /// The lock under which the keyring may be changed, who hears of that, and the keyring: to be dropped in reverse order.
-fn opened(place: &Place, old: &OpenKeys) -> Result<(VolumeLock, Observed, Keys), Fault> {
+///
+/// # Errors
+/// [`FaultKind::Locked`]; root keys.
+pub fn opened(place: &Place, old: &OpenKeys) -> Result<(VolumeLock, Observed, Keys), Fault> {
     let lock = VolumeLock::take(&place.backing, "key")?;
     let config = Config::load(old.access.config.as_deref())?;
     let observed = Observed::start(audit::options_of(&config, &place.backing)?.as_ref(), place.keyring.store)?;

@@ -10,6 +10,7 @@ pub mod generate;
 pub mod init;
 pub mod inspect;
 pub mod key;
+pub mod key_list;
 pub mod lock;
 pub mod metrics;
 pub mod mount;
@@ -18,8 +19,10 @@ pub mod output;
 pub mod place;
 pub mod progress;
 pub mod recovery;
+pub mod report;
 pub mod root_keys;
 pub mod rotate;
+pub mod seals;
 pub mod speed;
 pub mod status;
 pub mod unmount;
@@ -100,6 +103,7 @@ fn subject(c: &Command) -> String {
         Command::Status(a) => p(&a.target),
         Command::Rotate(a) => p(&a.target),
         Command::Key(args::KeyCommand::List { target, .. }) => p(target),
+        Command::Key(args::KeyCommand::VerifyReport { file, target, .. }) => p(target.as_ref().unwrap_or(file)),
         Command::Key(args::KeyCommand::Add { target, .. }) => p(target),
         Command::Key(args::KeyCommand::Remove { target, .. }) => p(target),
         Command::Key(args::KeyCommand::Refresh { target, .. }) => p(target),

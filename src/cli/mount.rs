@@ -117,7 +117,7 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
     };
     let audit = audit::options(a.audit_log.as_deref(), &config, table)?;
     if let Some(o) = &audit {
-        audit::refuse_inside(&o.path, &[&mountpoint, &backing])?;
+        audit::refuse_inside("audit log", &o.path, &[&mountpoint, &backing])?;
     }
     let metrics = a.metrics_listen.as_ref().or(d.metrics_listen.as_ref());
     let metrics = metrics.map(|at| listen::address(at)).transpose()?;

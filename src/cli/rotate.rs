@@ -4,16 +4,18 @@ use super::args::RotateArgs;
 use super::config::Config;
 use super::place::Place;
 use super::progress::Meter;
-use super::{audit, output, root_keys};
+use super::report::ReportFile;
+use super::{advice, audit, output, root_keys};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
 use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState};
 use crate::daemon::{open, rotate};
 use crate::kms::ConnectOptions;
-use crate::rotation::{Control, Options, Outcome, Progress, Report, State, Status};
+use crate::rotation::{Control, Options, Outcome, Progress, Report, SealedReport, State, Status};
 use crate::store::{Store, StoreOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,8 +31,12 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         let c = connection.ok_or_else(|| not_mounted(&place, "no rotation is under way: the store is not mounted"))?;
         return c.ask(&request, |_| {}).map(drop);
     }
+    let file = report_file(a, &place)?;
     match connection {
         Some(c) => {
+            if file.is_some() {
+                cancel_in_daemon_on_signal(&a.target)?;
+            }
             let request = RotateRequest {
                 passphrase: passphrase(a)?,
                 keys: a.keys.iter().map(|k| root_keys::for_daemon(k, &a.open.access)).collect::<Result<_, _>>()?,
@@ -47,7 +53,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
             let reply = c.ask(&Request::Rotate(request), |s| show(&meter, s))?;
             meter.end();
             match reply {
-                Reply::Rotation(s) => ended(*s, a),
+                Reply::Rotation(s) => ended(*s, a, file),
                 _ if a.json => output::print_json(&RotationState { running: true, ..Default::default() }),
                 _ => output::print("rotation started; follow it with: envelopefs status\n"),
             }
@@ -55,8 +61,19 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         None if a.detach => {
             Err(not_mounted(&place, "--detach leaves the rotation to the daemon: the store is not mounted"))
         }
-        None => offline(a, &place),
+        None => offline(a, &place, file),
     }
+}
+
+/// Where the report goes, if there is to be one.
+fn report_file(a: &RotateArgs, place: &Place) -> Result<Option<ReportFile>, Fault> {
+    let Some(path) = &a.report else { return Ok(None) };
+    if a.detach {
+        let text = "--report needs somebody who waits for the end: leave out --detach, or count later what names which \
+                    KEK with rotate --dry-run --report";
+        return Err(Fault::new(FaultKind::Usage, text));
+    }
+    ReportFile::create(path, &place.backing).map(Some)
 }
 
 /// The passphrase the daemon needs and cannot ask for: that of a new root key after `--key`, or, if the operator gave one
@@ -78,15 +95,15 @@ fn not_mounted(place: &Place, why: &str) -> Fault {
 }
 
 /// Says how a rotation ended.
-fn ended(s: RotationState, a: &RotateArgs) -> Result<(), Fault> {
+fn ended(s: RotationState, a: &RotateArgs, file: Option<ReportFile>) -> Result<(), Fault> {
     match (s.report, s.fault) {
-        (Some(r), _) => finish(&r, a),
+        (Some(r), _) => finish(&r, s.sealed.as_ref(), file, a),
         (None, Some(f)) => Err(f),
         (None, None) => Err(Fault::new(FaultKind::Daemon, "the daemon did not say how the rotation ended")),
     }
 }
 
-fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
+fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
     let _lock = VolumeLock::take(&place.backing, "rotate")?;
     let config = Config::load(a.open.access.config.as_deref())?;
@@ -111,27 +128,37 @@ fn offline(a: &RotateArgs, place: &Place) -> Result<(), Fault> {
     };
     let store = Store::open(b, keys, StoreOptions::default()).map_err(|e| fail(&e))?;
     let control = Arc::new(Control::new());
-    cancel_on_signal(&control)?;
+    let switch = control.clone();
+    on_signal(move || switch.cancel())?;
     let meter = Meter::new(a.json);
     let report = rotate::offline(&store, &options, &Shown(&meter), &control);
     meter.end();
+    let report = report.map(|r| (rotate::seal(&store, &r), r));
     let closed = store.close();
     observed.end();
-    let report = report.map_err(|e| fail(&e))?;
+    let (sealed, report) = report.map_err(|e| fail(&e))?;
     closed.map_err(|e| fail(&e))?;
-    finish(&report, a)
+    finish(&report, Some(&sealed), file, a)
 }
 
-/// The first signal cancels in order; what is done stays done.
-fn cancel_on_signal(control: &Arc<Control>) -> Result<(), Fault> {
+/// Cancels a rotation in the daemon in order, so that there is a report to write: a client that just ends cancels it too,
+/// and hears no more of it.
+fn cancel_in_daemon_on_signal(target: &Path) -> Result<(), Fault> {
+    let target = target.to_path_buf();
+    on_signal(move || {
+        let asked = Place::find(&target).and_then(|p| p.connect());
+        if let Ok(Some(c)) = asked {
+            // Fails only if there is nothing to cancel: too early or too late.
+            let _ = c.ask(&Request::RotateCancel, |_| {});
+        }
+    })
+}
+
+/// Does `then` at each signal that asks the process to end.
+fn on_signal(then: impl Fn() + Send + 'static) -> Result<(), Fault> {
     let fail = |e: std::io::Error| Fault::new(FaultKind::Other, format!("cannot wait for signals: {e}"));
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(fail)?;
-    let control = control.clone();
-    std::thread::spawn(move || {
-        if signals.forever().next().is_some() {
-            control.cancel();
-        }
-    });
+    std::thread::spawn(move || signals.forever().for_each(|_| then()));
     Ok(())
 }
 
@@ -193,20 +220,34 @@ fn outcome(o: Outcome) -> &'static str {
     }
 }
 
-fn finish(r: &Report, a: &RotateArgs) -> Result<(), Fault> {
+fn finish(r: &Report, s: Option<&SealedReport>, file: Option<ReportFile>, a: &RotateArgs) -> Result<(), Fault> {
+    let written = write(s, file);
     if a.json {
         output::print_json(r)?;
     } else {
-        output::print(&text(r))?;
+        let place = written.as_ref().ok().and_then(Option::as_ref);
+        let place = place.map_or(String::new(), |p| format!("report written to {}\n", p.display()));
+        output::print(&(text(r) + &place))?;
     }
     if r.is_done() {
-        return Ok(());
+        return written.map(drop);
+    }
+    // How the rotation ended matters more.
+    if let Err(f) = written {
+        eprintln!("{}", advice::line(&f, &a.target.display().to_string()));
     }
     let text = match r.outcome {
         Outcome::Cancelled => format!("rotation to KEK {} was cancelled", r.target),
         _ => format!("rotation to KEK {} is incomplete: {} files could not be moved", r.target, r.failures_total),
     };
     Err(Fault::new(FaultKind::RotationIncomplete, text))
+}
+
+/// Writes the report, if it is to be; returns where it is.
+fn write(sealed: Option<&SealedReport>, file: Option<ReportFile>) -> Result<Option<PathBuf>, Fault> {
+    let Some(file) = file else { return Ok(None) };
+    let sealed = sealed.ok_or_else(|| Fault::new(FaultKind::Daemon, "the daemon sent no sealed report"))?;
+    file.write(sealed).map(Some)
 }
 
 fn text(r: &Report) -> String {

@@ -1,4 +1,4 @@
-//! `status` and `key list`: what a store is and how it stands. Needs no key.
+//! `status`: what a store is and how it stands. Needs no key.
 
 use super::args::StatusArgs;
 use super::output;
@@ -9,7 +9,6 @@ use crate::daemon::protocol::{DaemonStatus, KeysState, KeysStatus, Reply, Reques
 use crate::format::ids::{KekId, RootKeyId, StoreId};
 use crate::format::keyring::{KekKind, KekRecord, KekState, Keyring};
 use serde::Serialize;
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `status --json`. Stable.
@@ -36,6 +35,9 @@ pub struct KeyringView {
     pub generation: u64,
     pub root_keys: Vec<RootKeyView>,
     pub keks: Vec<KekView>,
+    /// Files and directories whose headers could not be counted; only if they were to be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uncounted: Option<u64>,
 }
 
 /// A root key.
@@ -58,6 +60,9 @@ pub struct KekView {
     pub destroyed: u64,
     /// Root keys that open it.
     pub root_keys: Vec<RootKeyId>,
+    /// Headers that name it; only if they were counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub headers: Option<u64>,
 }
 
 impl From<&Keyring> for KeyringView {
@@ -73,8 +78,9 @@ impl From<&Keyring> for KeyringView {
             unused: k.unused,
             destroyed: k.destroyed,
             root_keys: k.wraps.iter().map(|w| w.root).collect(),
+            headers: None,
         });
-        Self { store: k.store, generation: k.generation, root_keys: roots, keks: keks.collect() }
+        Self { store: k.store, generation: k.generation, root_keys: roots, keks: keks.collect(), uncounted: None }
     }
 }
 
@@ -98,15 +104,6 @@ pub fn run(a: &StatusArgs) -> Result<(), Fault> {
         daemon,
     };
     if a.json { output::print_json(&status) } else { output::print(&text(&status)) }
-}
-
-/// Runs `key list`.
-///
-/// # Errors
-/// [`FaultKind::NotAStore`].
-pub fn key_list(target: &Path, json: bool) -> Result<(), Fault> {
-    let view = KeyringView::from(&Place::find(target)?.keyring);
-    if json { output::print_json(&view) } else { output::print(&keys(&view)) }
 }
 
 /// The daemon's answer; `None` if there is no daemon. Somebody else having the store (an offline rotation) is no error.
@@ -203,6 +200,6 @@ fn keys(k: &KeyringView) -> String {
 }
 
 /// A unit variant's name as JSON has it.
-fn word<T: Serialize>(v: &T) -> String {
+pub fn word<T: Serialize>(v: &T) -> String {
     serde_json::to_value(v).ok().and_then(|v| v.as_str().map(str::to_string)).unwrap_or_default()
 }

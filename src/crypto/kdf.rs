@@ -34,10 +34,12 @@ pub mod label {
     pub const XATTR_VALUE: &str = "envelopefs/v1/xattr-value";
     /// Store secret → key of the MAC over the keyring.
     pub const KEYRING_MAC: &str = "envelopefs/v1/keyring-mac";
-    /// Store secret → key of the MAC over rotation journals and reports.
+    /// Store secret → key of the MAC over rotation journals.
     pub const REPORT_MAC: &str = "envelopefs/v1/report-mac";
     /// Store secret → key of the seals in audit logs.
     pub const AUDIT_SEAL: &str = "envelopefs/v1/audit-seal";
+    /// Store secret → key of the seals of rotations' reports.
+    pub const ROTATION_REPORT: &str = "envelopefs/v1/rotation-report";
 }
 
 /// HKDF-Expand of 32 bytes with `label ‖ 0x00 ‖ context`, into fresh secret memory.

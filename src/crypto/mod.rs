@@ -5,11 +5,13 @@
 //!   matters (blocks, segment states) and `aes-gcm-siv` for the short messages (wraps, names, keyring).
 //! * [`kdf`]: HKDF-SHA-256 (RFC 5869), HMAC-SHA-256 (RFC 2104), and the one table of labels.
 //! * [`random`]: the only doorway to randomness.
+//! * [`seal`]: MACs over what lies outside the store.
 //! * [`stack`]: wipes what computations with keys leave behind.
 
 pub mod aead;
 pub mod kdf;
 pub mod random;
+pub mod seal;
 pub mod secret;
 pub mod stack;
 

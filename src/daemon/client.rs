@@ -69,7 +69,7 @@ impl Connection {
         protocol::send(&mut self.stream, request).map_err(gone)?;
         let mut reader = BufReader::new(self.stream);
         loop {
-            match protocol::receive::<Reply>(&mut reader).map_err(gone)? {
+            match protocol::receive::<Reply>(&mut reader, protocol::REPLY_MAX).map_err(gone)? {
                 Some(Reply::Progress(p)) => progress(&p),
                 Some(Reply::Failed(f)) => return Err(f),
                 Some(r) => return Ok(r),

@@ -1,6 +1,5 @@
 //! What the daemon does for its clients.
 
-use super::audit::line::{Seal, SealKey, hash_from, hex};
 use super::fault::{Fault, FaultKind};
 use super::job::Job;
 use super::keys::KeyKeeper;
@@ -9,10 +8,11 @@ use super::observed::Observed;
 use super::open;
 use super::protocol::{
     AuditHead, CacheStatus, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request, RotateRequest,
-    SealToCheck,
+    SealToCheck, Sealed,
 };
 use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
+use crate::crypto::seal::{Seal, hash_from, hex};
 use crate::crypto::secret::memory_is_locked;
 use crate::format::ids::RootKeyId;
 use crate::kms::guard;
@@ -61,7 +61,7 @@ impl Handler for Control {
             Request::KeyRefresh { dry_run } => self.key_refresh(dry_run).map(Reply::Refreshed),
             Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
             Request::AuditHead => Ok(Reply::AuditHead(self.audit_head())),
-            Request::AuditSeals { seals } => Ok(Reply::AuditSeals(self.genuine(&seals))),
+            Request::Seals { of, seals } => Ok(Reply::Seals(self.genuine(of, &seals))),
         };
         client.send(&reply.unwrap_or_else(Reply::Failed))
     }
@@ -101,8 +101,8 @@ impl Control {
     }
 
     /// Which of `seals` were made with this store's key. Tells nobody how to make one.
-    fn genuine(&self, seals: &[SealToCheck]) -> Vec<bool> {
-        let key = SealKey::of(self.store.shared().keys.secret());
+    fn genuine(&self, of: Sealed, seals: &[SealToCheck]) -> Vec<bool> {
+        let key = of.key(self.store.shared().keys.secret());
         let read = |s: &SealToCheck| Some(Seal { digest: hash_from(&s.digest)?, mac: hash_from(&s.mac)? });
         seals.iter().map(|s| read(s).is_some_and(|s| key.is_genuine(&s))).collect()
     }
@@ -156,7 +156,10 @@ impl Control {
             let store = self.store.clone();
             let backing = self.backing.clone();
             self.job.start(move |progress, control| {
-                super::rotate::mounted(&store, &options, progress, control).map_err(|e| Fault::store(&backing, &e))
+                let report = super::rotate::mounted(&store, &options, progress, control);
+                let report = report.map_err(|e| Fault::store(&backing, &e))?;
+                let sealed = super::rotate::seal(&store, &report);
+                Ok((report, sealed))
             })
         });
         match started {

@@ -29,6 +29,8 @@ pub enum FaultKind {
     Damage,
     /// An audit log is not whole, or not what the store's key sealed.
     AuditLog,
+    /// A report of a rotation is not what the store's key sealed.
+    Report,
     /// A rotation was stopped or could not move every file.
     RotationIncomplete,
     /// Nothing of ours is mounted there.

@@ -3,7 +3,7 @@
 use super::fault::{Fault, FaultKind};
 use super::protocol::{Reply, RotationState};
 use super::server::Client;
-use crate::rotation::{Control, Progress, Report, Status};
+use crate::rotation::{Control, Progress, Report, SealedReport, Status};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::io;
 use std::sync::Arc;
@@ -44,9 +44,9 @@ impl Progress for Teller<'_> {
 }
 
 impl Job {
-    /// The rotation under way, or the last one.
+    /// The rotation under way, or the last one, without its sealed report.
     pub fn state(&self) -> Option<RotationState> {
-        self.inner.lock().state.clone()
+        self.inner.lock().state.clone().map(|s| RotationState { sealed: None, ..s })
     }
 
     /// Starts `run` in a thread of its own. Returns the rotation's number.
@@ -56,7 +56,7 @@ impl Job {
     /// [`Job::release`].
     pub fn start(
         self: &Arc<Self>,
-        run: impl FnOnce(&dyn Progress, &Control) -> Result<Report, Fault> + Send + 'static,
+        run: impl FnOnce(&dyn Progress, &Control) -> Result<(Report, SealedReport), Fault> + Send + 'static,
     ) -> Result<u64, Fault> {
         let control = Arc::new(Control::new());
         let number = {
@@ -89,13 +89,13 @@ impl Job {
         Ok(number)
     }
 
-    fn end(&self, ended: Result<Report, Fault>) {
+    fn end(&self, ended: Result<(Report, SealedReport), Fault>) {
         let mut inner = self.inner.lock();
         inner.control = None;
         if let Some(s) = inner.state.as_mut() {
             s.running = false;
             match ended {
-                Ok(r) => s.report = Some(r),
+                Ok((r, sealed)) => (s.report, s.sealed) = (Some(r), Some(sealed)),
                 Err(f) => s.fault = Some(f),
             }
         }

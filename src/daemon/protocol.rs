@@ -2,16 +2,22 @@
 //! answers with [`Reply`] lines, of which all but [`Reply::Progress`] are the last. The protocol is internal to one
 //! version of the program; scripts use `--json` of the command line.
 
+use super::audit;
 use super::fault::Fault;
+use crate::crypto::seal::SealKey;
+use crate::crypto::secret::StoreSecret;
 use crate::format::keyring::KekKind;
-use crate::rotation::{Report, Status};
+use crate::rotation::{Report, SealedReport, Status, sealed};
 use crate::store::keys::RefreshedRoot;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
 use std::num::{NonZeroU32, NonZeroUsize};
 
-/// Longest line either side accepts, in bytes.
+/// Longest line the daemon accepts, in bytes.
 pub const LINE_MAX: u64 = 1 << 20;
+/// Longest line a client accepts, in bytes: a report can name thousands of files ([`crate::rotation::report::FAILURES_MAX`]),
+/// and a reply holds it twice.
+pub const REPLY_MAX: u64 = 256 << 20;
 
 /// What a client asks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -61,16 +67,35 @@ pub enum Request {
     Metrics,
     /// Write the audit log out, seal it, and say where it is.
     AuditHead,
-    /// Which of these seals of an audit log were made with the store's key.
-    AuditSeals {
+    /// Which of these seals were made with the store's key.
+    Seals {
+        of: Sealed,
         seals: Vec<SealToCheck>,
     },
+}
+
+/// What is sealed with a key of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sealed {
+    AuditLog,
+    RotationReport,
+}
+
+impl Sealed {
+    /// The store's key for it.
+    pub fn key(self, secret: &StoreSecret) -> SealKey {
+        match self {
+            Self::AuditLog => audit::line::seal_key(secret),
+            Self::RotationReport => sealed::seal_key(secret),
+        }
+    }
 }
 
 /// Most seals in one request.
 pub const SEALS_MAX: usize = 4096;
 
-/// A seal of an audit log, in hexadecimal digits.
+/// A seal, in hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SealToCheck {
@@ -186,7 +211,7 @@ pub enum Reply {
     /// The audit log's file and the hash of its last line; `None` if the store is mounted without one.
     AuditHead(Option<AuditHead>),
     /// For each seal, whether it is genuine.
-    AuditSeals(Vec<bool>),
+    Seals(Vec<bool>),
     /// What a lock or an unlock came to.
     Keys(KeysReply),
     /// Done; nothing to tell.
@@ -296,6 +321,9 @@ pub struct RotationState {
     /// The report of one that ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<Report>,
+    /// The same report as evidence, for the client that waits for it; no part of `status`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<SealedReport>,
     /// Why it ended without a report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<Fault>,
@@ -382,13 +410,13 @@ pub fn receive_only<T: DeserializeOwned>(r: &mut impl io::Read) -> io::Result<Op
     }
 }
 
-/// Receives one line; `None` at the end.
+/// Receives one line of at most `longest` bytes; `None` at the end.
 ///
 /// # Errors
 /// The socket's, or `InvalidData` if the line is too long or not a `T`.
-pub fn receive<T: DeserializeOwned>(r: &mut impl BufRead) -> io::Result<Option<T>> {
+pub fn receive<T: DeserializeOwned>(r: &mut impl BufRead, longest: u64) -> io::Result<Option<T>> {
     let mut line = zeroize::Zeroizing::new(Vec::new());
-    io::Read::take(&mut *r, LINE_MAX).read_until(b'\n', &mut line)?;
+    io::Read::take(&mut *r, longest).read_until(b'\n', &mut line)?;
     parse(&line)
 }
 
@@ -405,6 +433,8 @@ fn parse<T: DeserializeOwned>(line: &[u8]) -> io::Result<Option<T>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rotation::report::FAILURES_MAX;
+    use crate::rotation::{Counts, Failure};
 
     #[test]
     fn requests_travel() {
@@ -418,7 +448,7 @@ mod tests {
             Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("p w".into())) },
             Request::KeyRemove { id: "ab".into() },
             Request::KeyRefresh { dry_run: true },
-            Request::AuditSeals { seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
+            Request::Seals { of: Sealed::AuditLog, seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
             Request::Lock,
             Request::Unlock {
                 keys: vec!["keyfile:/k".into()],
@@ -429,7 +459,7 @@ mod tests {
             let mut b = Vec::new();
             send(&mut b, &r).unwrap();
             assert_eq!(b.iter().filter(|c| **c == b'\n').count(), 1);
-            assert_eq!(receive::<Request>(&mut &b[..]).unwrap().as_ref(), Some(&r));
+            assert_eq!(receive::<Request>(&mut &b[..], LINE_MAX).unwrap().as_ref(), Some(&r));
             assert_eq!(receive_only::<Request>(&mut &b[..]).unwrap(), Some(r));
         }
     }
@@ -438,20 +468,41 @@ mod tests {
     fn the_longest_list_of_seals_fits_into_a_line() {
         let seal = SealToCheck { digest: "a".repeat(64), mac: "b".repeat(64) };
         let mut b = Vec::new();
-        send(&mut b, &Request::AuditSeals { seals: vec![seal; SEALS_MAX] }).unwrap();
+        send(&mut b, &Request::Seals { of: Sealed::AuditLog, seals: vec![seal; SEALS_MAX] }).unwrap();
         assert!((b.len() as u64) < LINE_MAX);
+    }
+
+    /// With paths as long as one call may name, a reply is longer than any request may be.
+    #[test]
+    fn a_report_that_names_as_many_failures_as_it_may_travels() {
+        let failure = Failure { path: "d/".repeat(2048), code: "EIO".into(), message: "Input/output error".into() };
+        let id = "01".repeat(16);
+        let report = serde_json::json!({
+            "outcome": "incomplete", "store": id, "version": "0", "target": id, "resumed": false, "started": 1,
+            "finished": 2, "passes": 2, "sweep": Counts::default(), "verify": null, "slots_by_kek": {},
+            "headers_by_kek": {}, "retired": [], "destroyed": [], "failures": [], "failures_total": 1, "generation": 1,
+        });
+        let report: Report = serde_json::from_value(report).unwrap();
+        let report = Report { failures: vec![failure; FAILURES_MAX], ..report };
+        let sealed = SealedReport::new(&report, &Sealed::RotationReport.key(&StoreSecret::random()));
+        let state = RotationState { report: Some(report), sealed: Some(sealed), ..Default::default() };
+        let reply = Reply::Rotation(Box::new(state));
+        let mut b = Vec::new();
+        send(&mut b, &reply).unwrap();
+        assert!(b.len() as u64 > LINE_MAX);
+        assert!(receive::<Reply>(&mut &b[..], REPLY_MAX).unwrap() == Some(reply));
     }
 
     #[test]
     fn hostile_lines_are_refused() {
-        assert!(receive::<Request>(&mut &b"{\"request\":\"status\"}"[..]).is_err(), "no newline");
+        assert!(receive::<Request>(&mut &b"{\"request\":\"status\"}"[..], LINE_MAX).is_err(), "no newline");
         let unknown = b"{\"request\":\"key-remove\",\"id\":\"a\",\"x\":1}\n";
-        assert!(receive::<Request>(&mut &unknown[..]).is_err(), "unknown field");
-        assert!(receive::<Request>(&mut &b"{\"request\":\"format-disk\"}\n"[..]).is_err());
-        assert!(receive::<Request>(&mut &b"\xff\n"[..]).is_err());
-        assert_eq!(receive::<Request>(&mut &b""[..]).unwrap(), None);
+        assert!(receive::<Request>(&mut &unknown[..], LINE_MAX).is_err(), "unknown field");
+        assert!(receive::<Request>(&mut &b"{\"request\":\"format-disk\"}\n"[..], LINE_MAX).is_err());
+        assert!(receive::<Request>(&mut &b"\xff\n"[..], LINE_MAX).is_err());
+        assert_eq!(receive::<Request>(&mut &b""[..], LINE_MAX).unwrap(), None);
         let long = vec![b' '; LINE_MAX as usize + 10];
-        assert!(receive::<Request>(&mut &long[..]).is_err());
+        assert!(receive::<Request>(&mut &long[..], LINE_MAX).is_err());
         assert!(receive_only::<Request>(&mut &long[..]).is_err());
         for bad in ["68g0", "686", "ff"] {
             let line = format!("{{\"request\":\"unlock\",\"passphrase\":\"{bad}\"}}\n");

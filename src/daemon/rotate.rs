@@ -1,7 +1,7 @@
 //! Running a rotation, inside the daemon or on a store that is not mounted.
 
 use crate::backing::Backing;
-use crate::rotation::{self, Context, Control, Moved, Moves, NoMoves, Options, Progress, Report};
+use crate::rotation::{self, Context, Control, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, sealed};
 use crate::store::{Result, Store};
 
 /// The mounted store knows what is renamed meanwhile.
@@ -32,4 +32,9 @@ pub fn mounted<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progres
 /// As [`rotation::run`].
 pub fn offline<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progress, c: &Control) -> Result<Report> {
     rotation::run(&Context { shared: store.shared(), moves: &NoMoves }, o, progress, c)
+}
+
+/// Seals what a run on `store` said.
+pub fn seal<B: Backing>(store: &Store<B>, report: &Report) -> SealedReport {
+    SealedReport::new(report, &sealed::seal_key(store.shared().keys.secret()))
 }

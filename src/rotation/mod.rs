@@ -9,6 +9,7 @@
 //! | [`options`] | what a run is asked to do | none |
 //! | [`control`] | pause, resume, cancel from another thread | none |
 //! | [`report`] | what a run says while it works and when it ends | none |
+//! | [`sealed`] | a report as evidence: file ↔ report and seal | none |
 //! | [`moves`] | what is renamed while a walk is under way | none |
 //! | [`record`] | the journal's record: bytes ↔ type | none |
 //! | [`pace`] | how long to wait before the next header | none |
@@ -32,6 +33,7 @@ pub mod record;
 pub mod report;
 mod rewrap;
 mod run;
+pub mod sealed;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -43,3 +45,4 @@ pub use options::Options;
 pub use plan::is_unfinished;
 pub use report::{Counts, Failure, Outcome, Progress, Report, State, Status};
 pub use run::{Context, run};
+pub use sealed::SealedReport;

@@ -170,6 +170,9 @@ pub struct Report {
     pub verify: Option<Counts>,
     /// Slots found by the last scan, by the KEK they name. Two for each sound header.
     pub slots_by_kek: BTreeMap<KekId, u64>,
+    /// Headers found by the last scan, by each KEK that one of their slots names. A file with several names counts for
+    /// each of them.
+    pub headers_by_kek: BTreeMap<KekId, u64>,
     /// KEKs retired by this run.
     pub retired: Vec<KekId>,
     /// KEKs destroyed by this run.

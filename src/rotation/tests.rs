@@ -170,6 +170,7 @@ fn moves_every_header_and_retires_the_old_kek() {
     assert_eq!((c.scanned, c.rewrapped, c.current, c.empty, c.failed), (6, 4, 1, 1, 0));
     assert_eq!(report.verify.unwrap().current, 5);
     assert_eq!(report.slots_by_kek, BTreeMap::from([(report.target, 10)]));
+    assert_eq!(report.headers_by_kek, BTreeMap::from([(report.target, 5)]));
     assert_eq!(keks_named(&disk), BTreeSet::from([report.target]));
     assert_eq!(active(&store.shared().keys), report.target);
     assert_eq!(read_all(&store), tree);
@@ -208,6 +209,26 @@ fn a_dry_run_counts_and_changes_nothing() {
     assert_eq!(disk.operations(), before);
     assert_eq!(report.slots_by_kek, BTreeMap::from([(active(&store.shared().keys), 10)]));
     assert_eq!(report.verify.unwrap().scanned, tree.len() as u64);
+}
+
+#[test]
+fn a_header_counts_for_every_kek_that_it_names() {
+    let (disk, root, _) = filled();
+    let store = open(disk.clone(), &root);
+    let first = active(&store.shared().keys);
+    let dry_run = Options { dry_run: true, ..one_job() };
+    let path = content_files(&disk).remove(0);
+    let before = disk.read_raw(&path).unwrap();
+    rotate(&store, &one_job()).unwrap();
+    let second = active(&store.shared().keys);
+    assert_eq!(rotate(&store, &dry_run).unwrap().headers_by_kek, BTreeMap::from([(second, 5)]));
+    // One slot as a run that was killed leaves it, then the other one too.
+    disk.write_raw(&path, 1024, &before[1024..2048]).unwrap();
+    let half = rotate(&store, &dry_run).unwrap();
+    assert_eq!(half.headers_by_kek, BTreeMap::from([(first, 1), (second, 5)]));
+    assert_eq!(half.slots_by_kek, BTreeMap::from([(first, 1), (second, 9)]));
+    disk.write_raw(&path, 0, &before[..1024]).unwrap();
+    assert_eq!(rotate(&store, &dry_run).unwrap().headers_by_kek, BTreeMap::from([(first, 1), (second, 4)]));
 }
 
 #[test]

@@ -22,6 +22,8 @@ pub(super) struct Found {
     pub(super) behind: u64,
     /// Valid slots by the KEK they name.
     pub(super) by_kek: BTreeMap<KekId, u64>,
+    /// Headers by each KEK that one of their valid slots names.
+    pub(super) headers: BTreeMap<KekId, u64>,
 }
 
 /// Looks at what it is given.
@@ -72,8 +74,12 @@ impl<B: Backing> Verify<'_, B> {
         if standing == Standing::Behind && !locked {
             return self.judge(item, true, found);
         }
-        for slot in [&pair.a, &pair.b].into_iter().flatten() {
-            *found.by_kek.entry(slot.kek).or_default() += 1;
+        let [a, b] = [&pair.a, &pair.b].map(|s| s.as_ref().ok().map(|s| s.kek));
+        for kek in a.into_iter().chain(b) {
+            *found.by_kek.entry(kek).or_default() += 1;
+        }
+        for kek in a.into_iter().chain(b.filter(|_| a != b)) {
+            *found.headers.entry(kek).or_default() += 1;
         }
         match standing {
             Standing::Current => found.counts.current += 1,
@@ -111,6 +117,9 @@ impl<B: Backing> Visitor<B> for Verify<'_, B> {
         all.behind += found.behind;
         for (kek, n) in found.by_kek {
             *all.by_kek.entry(kek).or_default() += n;
+        }
+        for (kek, n) in found.headers {
+            *all.headers.entry(kek).or_default() += n;
         }
         end
     }

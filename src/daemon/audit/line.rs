@@ -2,8 +2,9 @@
 //! `docs/AUDIT.md` has the fields.
 
 use super::time::rfc3339;
-use crate::crypto::kdf::{ct_eq, derive, label, mac, sha256};
-use crate::crypto::secret::{Secret32, StoreSecret};
+use crate::crypto::kdf::{label, sha256};
+pub use crate::crypto::seal::{Hash, Seal, SealKey, hash_from, hex};
+use crate::crypto::secret::StoreSecret;
 use crate::format::ids::{FileId, KekId, RootKeyId, StoreId};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
@@ -17,39 +18,6 @@ const TEXT_MAX: usize = 1024;
 /// What stands before the MAC of a seal, and after it.
 const MAC_OPENS: &str = ",\"mac\":\"";
 const MAC_CLOSES: &str = "\"}";
-
-/// A SHA-256 value.
-pub type Hash = [u8; 32];
-
-/// Lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut s, b| {
-        // Writing to a string cannot fail.
-        let _ = write!(s, "{b:02x}");
-        s
-    })
-}
-
-/// Reads 64 lower-case hexadecimal digits, and nothing else.
-pub fn hash_from(text: &str) -> Option<Hash> {
-    let mut out = [0; 32];
-    let digit = |c: u8| match c {
-        b'0'..=b'9' => Some(c - b'0'),
-        b'a'..=b'f' => Some(c - b'a' + 10),
-        _ => None,
-    };
-    if text.len() != 64 {
-        return None;
-    }
-    for (o, pair) in out.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *o = match pair {
-            [a, b] => digit(*a)? * 16 + digit(*b)?,
-            _ => return None,
-        };
-    }
-    Some(out)
-}
 
 /// Text that others chose, cut to [`TEXT_MAX`].
 pub fn text(s: &str) -> String {
@@ -67,6 +35,11 @@ impl Serialize for Counts {
         self.0.iter().try_for_each(|(k, v)| m.serialize_entry(k, v))?;
         m.end()
     }
+}
+
+/// The key of the seals in a store's logs.
+pub fn seal_key(secret: &StoreSecret) -> SealKey {
+    SealKey::new(secret, label::AUDIT_SEAL)
 }
 
 /// What an event is about. A field that does not apply is left out of the line.
@@ -132,39 +105,6 @@ impl Event {
     }
 }
 
-/// What is signed of a seal, and the signature.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seal {
-    /// SHA-256 of the line before its MAC.
-    pub digest: Hash,
-    pub mac: Hash,
-}
-
-/// The key of the seals.
-pub struct SealKey(Secret32);
-
-impl std::fmt::Debug for SealKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("SealKey(redacted)")
-    }
-}
-
-impl SealKey {
-    /// The key of a store's logs.
-    pub fn of(secret: &StoreSecret) -> Self {
-        Self(derive(secret.secret(), label::AUDIT_SEAL, b""))
-    }
-
-    fn mac(&self, digest: &Hash) -> Hash {
-        mac(&self.0, &[digest])
-    }
-
-    /// Whether somebody with this key made `seal`.
-    pub fn is_genuine(&self, seal: &Seal) -> bool {
-        ct_eq(&self.mac(&seal.digest), &seal.mac)
-    }
-}
-
 #[derive(Serialize)]
 struct Line<'a> {
     time: &'a str,
@@ -184,7 +124,7 @@ pub fn encode(e: &Event, store: StoreId, seq: u64, prev: &Hash, seal: Option<&Se
     let mut bytes = serde_json::to_vec(&line).unwrap_or_default();
     if let Some(key) = seal {
         bytes.pop();
-        let mac = hex(&key.mac(&sha256(&bytes)));
+        let mac = hex(&key.seal(&bytes).mac);
         bytes.extend_from_slice([MAC_OPENS, mac.as_str(), MAC_CLOSES].concat().as_bytes());
     }
     bytes
@@ -261,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_seal_is_known_by_its_key_and_no_other() {
-        let (key, other) = (SealKey(Secret32::random()), SealKey(Secret32::random()));
+        let (key, other) = (seal_key(&StoreSecret::random()), seal_key(&StoreSecret::random()));
         let e = Event::now("seal", Fields::default());
         let line = encode(&e, StoreId([1; 16]), 9, &[7; 32], Some(&key));
         let seal = seal_of(&line).unwrap();
@@ -271,14 +211,6 @@ mod tests {
             bad[i] ^= 1;
             assert!(!seal_of(&bad).is_some_and(|s| key.is_genuine(&s)), "byte {i}");
         }
-    }
-
-    #[test]
-    fn hashes_are_lower_case_and_of_one_length() {
-        let h = [0xa7; 32];
-        assert_eq!(hash_from(&hex(&h)), Some(h));
-        assert_eq!(hash_from(&hex(&h).to_uppercase()), None);
-        assert_eq!(hash_from(&hex(&h)[1..]), None);
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub mod writer;
 use super::fault::Fault;
 use crate::crypto::secret::StoreSecret;
 use crate::format::ids::StoreId;
-use line::{Event, Fields, SealKey};
+use line::{Event, Fields, seal_key};
 use parking_lot::Mutex;
 use queue::{Item, Queue};
 use serde::Deserialize;
@@ -122,7 +122,7 @@ impl Log {
 
     /// From now on the log is sealed under a key from `secret`, for the first time at once.
     pub fn unlock(&self, secret: &StoreSecret) {
-        self.queue.push(Item::Key(SealKey::of(secret)));
+        self.queue.push(Item::Key(seal_key(secret)));
     }
 
     /// Puts an event down. Waits while too many are on their way.

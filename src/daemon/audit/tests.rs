@@ -39,7 +39,7 @@ fn a_log_goes_on_over_mounts_and_its_seals_hold() {
     let path = d.path().join("a/{store}.audit");
     fs::create_dir(d.path().join("a")).unwrap();
     let secret = StoreSecret::random();
-    let key = SealKey::of(&secret);
+    let key = seal_key(&secret);
     for _ in 0..2 {
         let log = Log::open(&options(&path), STORE).unwrap();
         assert_eq!(Log::open(&options(&path), STORE).unwrap_err().kind, super::super::fault::FaultKind::Locked);
@@ -61,7 +61,7 @@ fn a_log_goes_on_over_mounts_and_its_seals_hold() {
     let s = checked(&[&path]).unwrap();
     assert_eq!((s.beginning, s.chains, s.unsealed), (Beginning::Start, 1, 0));
     s.judge_seals(|i| !key.is_genuine(&s.seals[i].seal)).unwrap();
-    let other = SealKey::of(&StoreSecret::random());
+    let other = seal_key(&StoreSecret::random());
     assert_eq!(s.judge_seals(|i| !other.is_genuine(&s.seals[i].seal)).unwrap_err().1.why, chain::Why::SealForged);
 }
 

@@ -1,14 +1,23 @@
-//! Times in the audit log: RFC 3339, UTC, milliseconds.
+//! Times as they are written: RFC 3339, UTC.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `2026-11-24T16:51:59.123Z`. A time before 1970 is shown as its beginning.
 pub fn rfc3339(t: SystemTime) -> String {
     let since = t.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    format!("{}.{:03}Z", to_the_second(since.as_secs()), since.subsec_millis())
+}
+
+/// `2026-11-24T16:51:59Z`, of a time in Unix seconds.
+pub fn rfc3339_seconds(unix: u64) -> String {
+    to_the_second(unix) + "Z"
+}
+
+fn to_the_second(unix: u64) -> String {
+    let (days, second) = (unix / 86_400, unix % 86_400);
     let (year, month, day) = civil(days);
     let (h, m, s) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}.{:03}Z", since.subsec_millis())
+    format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}")
 }
 
 /// The Gregorian date `days` after 1970-01-01. Counts in 400-year eras that begin on 1 March, so that the leap day is a
@@ -46,6 +55,8 @@ mod tests {
         }
         assert!(rfc3339(UNIX_EPOCH + Duration::from_millis(1_007)).ends_with(":01.007Z"));
         assert_eq!(rfc3339(UNIX_EPOCH - Duration::from_secs(5)), "1970-01-01T00:00:00.000Z");
+        assert_eq!(rfc3339_seconds(1_790_000_000), "2026-09-21T14:13:20Z");
+        assert!(rfc3339_seconds(u64::MAX).ends_with('Z'), "a keyring may claim any time");
     }
 
     #[test]

@@ -44,7 +44,9 @@ fn output_without_a_mount_is_as_documented() {
     let b = Bench::with_store();
     check(&b, "key list back --json", "key list --json");
     check(&b, "key refresh back --json", "key refresh --json");
-    check(&b, "rotate back --json", "rotate --json");
+    check(&b, "rotate back --json --report report", "rotate --json");
+    check(&b, "key verify-report report back --json", "key verify-report --json");
+    check(&b, "key list back --json", "key list --json");
     check(&b, "speed --json", "speed --json");
     check(&b, "check back --json", "check --json");
     let s = b.json("status back --json");

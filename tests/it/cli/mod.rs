@@ -7,6 +7,7 @@ mod lifecycle;
 mod lock;
 mod memory;
 mod recovery;
+mod report;
 pub mod support;
 pub mod terminal;
 mod transcripts;

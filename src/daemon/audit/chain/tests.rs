@@ -1,5 +1,6 @@
 use super::*;
 use crate::crypto::secret::StoreSecret;
+use crate::daemon::audit::line::seal_key;
 use proptest::prelude::*;
 
 const STORE: StoreId = StoreId([0x5a; 16]);
@@ -12,7 +13,7 @@ struct Log {
 
 impl Log {
     fn new() -> Self {
-        let mut l = Self { chain: Chain::EMPTY, bytes: Vec::new(), key: SealKey::of(&StoreSecret::random()) };
+        let mut l = Self { chain: Chain::EMPTY, bytes: Vec::new(), key: seal_key(&StoreSecret::random()) };
         l.add(STARTED);
         l
     }
@@ -161,7 +162,7 @@ fn a_cut_is_noticed_inside_a_line_and_by_its_head_at_the_end_of_one() {
 #[test]
 fn a_history_rewritten_without_the_key_fails_at_the_first_seal() {
     let l = Log::example();
-    let mut forged = Log { chain: Chain::EMPTY, bytes: Vec::new(), key: SealKey::of(&StoreSecret::random()) };
+    let mut forged = Log { chain: Chain::EMPTY, bytes: Vec::new(), key: seal_key(&StoreSecret::random()) };
     for e in [STARTED, "mount", "wrap", "wrap"] {
         forged.add(e);
     }
@@ -196,7 +197,7 @@ fn what_is_wrong_is_said_of_the_right_line() {
     assert_eq!(l.verify(&open), Err(Bad { line: 7, why: Why::NotWhole }));
     let no_number = String::from_utf8(l.bytes.clone()).unwrap().replacen("\"seq\":2", "\"seq\":3", 1);
     assert_eq!(chain_of(&[no_number.as_bytes()]), Err(Bad { line: 2, why: Why::Number }));
-    let bare = Log { chain: Chain::EMPTY, bytes: Vec::new(), key: SealKey::of(&StoreSecret::random()) };
+    let bare = Log { chain: Chain::EMPTY, bytes: Vec::new(), key: seal_key(&StoreSecret::random()) };
     let mut bare = bare;
     bare.add(STARTED);
     bare.add(SEAL);
@@ -236,7 +237,7 @@ fn a_torn_line_is_accounted_for_wherever_the_crash_came() {
         let mut file = l.bytes[..n].to_vec();
         let t = tail(&file, true).unwrap();
         assert_eq!(t.unfinished, !file.is_empty() && file.last() != Some(&b'\n'));
-        let mut again = Log { chain: t.chain, bytes: Vec::new(), key: SealKey::of(&StoreSecret::random()) };
+        let mut again = Log { chain: t.chain, bytes: Vec::new(), key: seal_key(&StoreSecret::random()) };
         if t.unfinished {
             file.push(b'\n');
         }
@@ -334,7 +335,7 @@ proptest! {
         let mut file = Vec::new();
         for (records, cut) in cuts {
             let t = tail(&file, true).unwrap();
-            let mut l = Log { chain: t.chain, bytes: Vec::new(), key: SealKey::of(&StoreSecret::random()) };
+            let mut l = Log { chain: t.chain, bytes: Vec::new(), key: seal_key(&StoreSecret::random()) };
             if t.unfinished {
                 l.bytes.push(b'\n');
             }
@@ -352,7 +353,7 @@ proptest! {
             file.extend_from_slice(&l.bytes[..keep]);
         }
         let t = tail(&file, true).unwrap();
-        let mut l = Log { chain: t.chain, bytes: Vec::new(), key: SealKey::of(&StoreSecret::random()) };
+        let mut l = Log { chain: t.chain, bytes: Vec::new(), key: seal_key(&StoreSecret::random()) };
         if t.unfinished {
             l.bytes.push(b'\n');
         }

@@ -243,6 +243,9 @@ pub struct RotateArgs {
     /// Wait up to SECONDS for a key service that stops answering, before files count as failed
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub patience: u64,
+    /// Do nothing unless the active KEK has been in use for AGE, such as 90d, 12h, 30m or 45s, or a rotation is unfinished
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    pub if_older_than: Option<u64>,
     /// Count what would be done, change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -413,9 +416,31 @@ pub struct SpeedArgs {
     pub json: bool,
 }
 
+/// Seconds of an age such as `90d`, `12h`, `30m` or `45s`.
+fn age(text: &str) -> Result<u64, String> {
+    let units = [("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)];
+    let (digits, unit) = units
+        .iter()
+        .find_map(|(suffix, seconds)| Some((text.strip_suffix(suffix)?, *seconds)))
+        .ok_or("an age is a number and d, h, m or s, such as 90d")?;
+    let n: u64 = digits.parse().map_err(|_| "an age begins with a whole number, such as 90d")?;
+    n.checked_mul(unit).ok_or_else(|| "an age that long is no age".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
+    use super::age;
     use clap::CommandFactory;
+
+    #[test]
+    fn ages_have_units() {
+        for (text, seconds) in [("90d", 7_776_000), ("12h", 43_200), ("30m", 1_800), ("45s", 45), ("0d", 0)] {
+            assert_eq!(age(text), Ok(seconds));
+        }
+        for bad in ["", "90", "d", "-1d", "1.5h", "90 d", "1w", "99999999999999999d"] {
+            assert!(age(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn the_definition_is_sound() {

@@ -44,6 +44,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
                 rate: a.rate,
                 jobs: a.jobs,
                 patience: a.patience,
+                if_older_than: a.if_older_than,
                 dry_run: a.dry_run,
                 restart: a.restart,
                 detach: a.detach,
@@ -122,6 +123,7 @@ fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>) -> Result<()
         rate: a.rate,
         jobs: a.jobs,
         patience: Duration::from_secs(a.patience),
+        if_older_than: a.if_older_than,
         dry_run: a.dry_run,
         destroy_old: a.destroy_old,
         restart: a.restart,
@@ -217,6 +219,7 @@ fn outcome(o: Outcome) -> &'static str {
         Outcome::Incomplete => "incomplete",
         Outcome::Cancelled => "cancelled",
         Outcome::DryRun => "dry run",
+        Outcome::NotDue => "not due",
     }
 }
 
@@ -251,6 +254,9 @@ fn write(sealed: Option<&SealedReport>, file: Option<ReportFile>) -> Result<Opti
 }
 
 fn text(r: &Report) -> String {
+    if r.outcome == Outcome::NotDue {
+        return format!("not due: KEK {} is younger than asked for; nothing was done\n", r.target);
+    }
     if r.outcome == Outcome::DryRun {
         let todo = r.sweep.scanned - r.sweep.current.min(r.sweep.scanned);
         return format!(

@@ -222,6 +222,7 @@ impl Control {
             rate: r.rate,
             jobs: r.jobs,
             patience: Duration::from_secs(r.patience),
+            if_older_than: r.if_older_than,
             dry_run: r.dry_run,
             destroy_old: r.destroy_old,
             restart: r.restart,

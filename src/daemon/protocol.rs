@@ -122,6 +122,8 @@ pub struct RotateRequest {
     pub jobs: Option<NonZeroUsize>,
     /// Seconds for which a key service that does not answer is waited for.
     pub patience: u64,
+    /// Do nothing unless the active KEK has been in use for so many seconds.
+    pub if_older_than: Option<u64>,
     /// Count only, change nothing.
     pub dry_run: bool,
     /// Make a new KEK even though an earlier rotation is unfinished.

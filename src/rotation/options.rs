@@ -20,6 +20,8 @@ pub struct Options {
     /// How long a key service that does not answer is waited for in the middle of a sweep, before files count as
     /// failed. Zero: not at all.
     pub patience: Duration,
+    /// Do nothing unless the active KEK has been in use for so many seconds, or an earlier run is unfinished.
+    pub if_older_than: Option<u64>,
     /// Count what there is to do and change nothing.
     pub dry_run: bool,
     /// Once no header names them any more, destroy every KEK but the new one: their wrapped bytes leave the keyring.
@@ -37,6 +39,7 @@ impl std::fmt::Debug for Options {
             .field("rate", &self.rate)
             .field("jobs", &self.jobs)
             .field("patience", &self.patience)
+            .field("if_older_than", &self.if_older_than)
             .field("dry_run", &self.dry_run)
             .field("destroy_old", &self.destroy_old)
             .field("restart", &self.restart)

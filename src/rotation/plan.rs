@@ -50,6 +50,13 @@ pub fn is_unfinished(ring: &Keyring) -> bool {
     !unproved(ring).is_empty()
 }
 
+/// Whether the active KEK has been in use for `age` seconds or more at `now` (seconds since the epoch), or an earlier
+/// run is unfinished. A clock that was put back makes no KEK young: an activation in the future counts as due.
+pub(super) fn is_due(ring: &Keyring, age: u64, now: u64) -> bool {
+    let active = ring.keks.iter().find(|k| k.state == KekState::Active);
+    is_unfinished(ring) || active.is_none_or(|k| now.checked_sub(k.activated).is_none_or(|used| used >= age))
+}
+
 /// KEKs in a state.
 pub(super) fn in_state(ring: &Keyring, state: KekState) -> Vec<KekId> {
     ring.keks.iter().filter(|k| k.state == state).map(|k| k.id).collect()
@@ -91,6 +98,18 @@ mod tests {
             secret: Vec::new(),
             keks,
         }
+    }
+
+    #[test]
+    fn a_rotation_is_due_when_the_active_kek_is_old_enough() {
+        let day = 86_400;
+        let mut ring = ring(vec![kek(KekState::Retired, 5), kek(KekState::Active, 0)]);
+        ring.keks[1].activated = 100 * day;
+        for (now, due) in [(100, false), (189, false), (190, true), (400, true), (99, true)] {
+            assert_eq!(is_due(&ring, 90 * day, now * day), due, "day {now}");
+        }
+        ring.keks[0].unused = 0;
+        assert!(is_due(&ring, 90 * day, 100 * day), "an unfinished run is to be finished");
     }
 
     #[test]

@@ -140,6 +140,8 @@ pub enum Outcome {
     Cancelled,
     /// Only counted.
     DryRun,
+    /// Nothing was done: the active KEK is younger than asked for.
+    NotDue,
 }
 
 /// Most failures a report names; it counts all of them.
@@ -188,6 +190,6 @@ pub struct Report {
 impl Report {
     /// Whether the store is as the run was meant to leave it.
     pub fn is_done(&self) -> bool {
-        matches!(self.outcome, Outcome::Complete | Outcome::DryRun)
+        matches!(self.outcome, Outcome::Complete | Outcome::DryRun | Outcome::NotDue)
     }
 }

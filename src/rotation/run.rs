@@ -58,6 +58,9 @@ pub fn run<B: Backing>(
     if options.dry_run {
         return run.count_only();
     }
+    if let Some(active) = run.too_early() {
+        return Ok(run.report(active, Outcome::NotDue));
+    }
     let ended = run.rotate();
     if let Err(e) = &ended {
         run.tell("failed", Err(&e.code()));
@@ -120,6 +123,15 @@ impl<'a, B: Backing> Run<'a, B> {
         }
     }
 
+    /// The active KEK, if it is too young for the run that was asked for.
+    fn too_early(&self) -> Option<KekId> {
+        let ring = self.ctx.shared.keys.snapshot();
+        let age = self.options.if_older_than.filter(|age| !plan::is_due(&ring, *age, now()))?;
+        let active = ring.active()?;
+        tracing::info!(kek = %active.id, age, "rotation is not due: the active KEK is younger");
+        Some(active.id)
+    }
+
     /// Only looks: what names which KEK now.
     fn count_only(&mut self) -> Result<Report> {
         let ring = self.ctx.shared.keys.snapshot();
@@ -145,7 +157,7 @@ impl<'a, B: Backing> Run<'a, B> {
             Outcome::Complete => self.enter(State::Done, target, b""),
             // What failed may lie anywhere: the next run begins at the beginning.
             Outcome::Incomplete => self.enter(State::Incomplete, target, b""),
-            Outcome::Cancelled | Outcome::DryRun => {
+            Outcome::Cancelled | Outcome::DryRun | Outcome::NotDue => {
                 let cursor = std::mem::take(&mut self.reached);
                 self.enter(State::Cancelled, target, &cursor);
             }

@@ -366,3 +366,17 @@ fn a_cursor_that_lies_only_costs_another_sweep() {
     assert_eq!(keks_named(&disk), BTreeSet::from([target]));
     assert_eq!(read_all(&store), tree);
 }
+
+#[test]
+fn a_run_that_is_not_due_changes_nothing() {
+    let (disk, root, _) = filled();
+    let store = open(disk.clone(), &root);
+    let kek = active(&store.shared().keys);
+    let yearly = Options { if_older_than: Some(365 * 86_400), ..one_job() };
+    let before = disk.operations();
+    let report = rotate(&store, &yearly).unwrap();
+    assert_eq!((report.outcome, report.target, report.passes), (Outcome::NotDue, kek, 0));
+    assert!(report.is_done());
+    assert_eq!(disk.operations(), before, "not even the journal");
+    assert_eq!(rotate(&store, &Options { if_older_than: Some(0), ..one_job() }).unwrap().outcome, Outcome::Complete);
+}

@@ -264,6 +264,18 @@ fn root_keys_are_added_and_removed() {
 }
 
 #[test]
+fn rotate_if_older_than_leaves_a_young_kek_alone() {
+    let b = Bench::with_store();
+    let not_due = "not due: KEK ID is younger than asked for; nothing was done\n";
+    b.says("rotate back --if-older-than 90d", 0, not_due, "");
+    assert_eq!(b.json("rotate back --if-older-than 90d --json")["outcome"], "not-due");
+    assert_eq!(b.json("status back --json")["keyring"]["generation"], 1);
+    b.ok("rotate back --if-older-than 0s");
+    let bad = "invalid value '90' for '--if-older-than <AGE>': an age is a number and d, h, m or s, such as 90d";
+    b.fails("rotate back --if-older-than 90", 2, &format!("{bad}; see --help"));
+}
+
+#[test]
 fn rotate_can_move_a_store_to_another_root_key() {
     let b = Bench::with_store();
     fs::write(b.path("next"), [9u8; 32]).unwrap();

@@ -174,6 +174,8 @@ pub trait Backing: Send + Sync + Sized + 'static {
     fn sync_dir(&self, dir: &Self::Node) -> io::Result<()>;
     /// Makes everything written so far durable (syncfs(2)).
     fn sync_all(&self) -> io::Result<()>;
+    /// Lets the calling thread, one of background work, stand back behind others at the disk and the processors.
+    fn give_way(&self) {}
 
     /// Fills `bufs` in order from `offset`; returns the bytes read, less than asked only at the end of the file.
     fn read_at(&self, file: &Self::File, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize>;

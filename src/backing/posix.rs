@@ -6,6 +6,7 @@
 
 mod direct;
 mod owner;
+mod priority;
 mod proc_path;
 #[cfg(test)]
 mod tests;
@@ -340,6 +341,10 @@ impl Backing for Posix {
 
     fn sync_all(&self) -> io::Result<()> {
         Ok(retry_on_intr(|| rustix::fs::syncfs(&self.readable))?)
+    }
+
+    fn give_way(&self) {
+        priority::give_way();
     }
 
     fn read_at(&self, file: &File, mut bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {

@@ -237,6 +237,9 @@ pub struct RotateArgs {
     /// At most N files a second
     #[arg(long, value_name = "N")]
     pub rate: Option<NonZeroU32>,
+    /// Take no heed of what users of the store wait meanwhile; without: as fast as they hardly feel it
+    #[arg(long)]
+    pub full_speed: bool,
     /// N worker threads
     #[arg(long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,

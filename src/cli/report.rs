@@ -184,6 +184,7 @@ fn outcome(o: Outcome) -> &'static str {
         Outcome::Incomplete => "incomplete",
         Outcome::Cancelled => "cancelled",
         Outcome::DryRun => "none: headers were counted only",
+        Outcome::NotDue => "none: the active KEK is younger than asked for",
     }
 }
 
@@ -194,6 +195,7 @@ fn proves(r: &Report) -> String {
         }
         Outcome::Incomplete => "what was moved until then; what failed is under an older KEK or cannot be read".into(),
         Outcome::Cancelled => "what was moved until then; headers may be under older KEKs".into(),
+        Outcome::NotDue => "that the active KEK was younger than asked for, and no rotation unfinished".into(),
         Outcome::DryRun if r.failures_total == 0 => "how many headers were seen under which KEK at that time".into(),
         Outcome::DryRun => "how many headers were seen under which KEK at that time, without what failed".into(),
     }

@@ -220,6 +220,7 @@ impl Control {
             kek: r.kek,
             root,
             rate: r.rate,
+            full_speed: r.full_speed,
             jobs: r.jobs,
             patience: Duration::from_secs(r.patience),
             if_older_than: r.if_older_than,

@@ -118,6 +118,8 @@ pub struct RotateRequest {
     pub kek: Option<KekKind>,
     /// At most this many files a second.
     pub rate: Option<NonZeroU32>,
+    /// Take no heed of what users wait.
+    pub full_speed: bool,
     /// Worker threads.
     pub jobs: Option<NonZeroUsize>,
     /// Seconds for which a key service that does not answer is waited for.

@@ -13,6 +13,7 @@ use super::{EnvelopeFs, Found, Report, StoreError, failed, os};
 use crate::backing::{Access, Backing, SetTime};
 use crate::kms::event;
 use crate::store::file::{FileAllocate, OpenFile};
+use crate::store::load::Kind;
 use crate::store::{Result, SetAttr};
 
 /// Most that one copy request moves: a request that takes long holds up a thread that others wait for.
@@ -60,7 +61,7 @@ impl<B: Backing> EnvelopeFs<B> {
     pub fn create(&self, caller: &Caller, parent: u64, name: &[u8], mode: u32, umask: u32) -> Result<(Found, u64)> {
         let dir = self.inode(parent)?;
         let make = || self.store.create(&dir.node, name, mode & 0o7777, umask, self.owner(caller));
-        let (node, attr, file) = event::on_behalf_of(caller.of_keys(), make)?;
+        let (node, attr, file) = self.measure(Kind::Create, || event::on_behalf_of(caller.of_keys(), make))?;
         let found = self.enter(node, attr);
         let inode = self.inode(found.node)?;
         let handle = self.handles.insert(Handle::new(inode, file, Access::ReadWrite, caller));
@@ -78,7 +79,8 @@ impl<B: Backing> EnvelopeFs<B> {
             // What is emptied to be written anew must not be lost for want of a key for what comes.
             self.store.may_create()?;
         }
-        let file = event::on_behalf_of(caller.of_keys(), || self.store.open_file(&inode.node, access))?;
+        let open = || event::on_behalf_of(caller.of_keys(), || self.store.open_file(&inode.node, access));
+        let file = self.measure(Kind::Open, open)?;
         let handle = self.handles.insert(Handle::new(inode, file, access, caller));
         if flags & libc::O_TRUNC != 0 {
             let empty = Change { size: Some(0), handle: Some(handle), ..Change::NONE };
@@ -115,7 +117,8 @@ impl<B: Backing> EnvelopeFs<B> {
     pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize> {
         // Sooner than the store itself would: what is being written back now must not come back into the cache.
         self.store.may_read()?;
-        self.handle(handle)?.with_key(|f| f.read(offset, buf))
+        let handle = self.handle(handle)?;
+        self.measure(Kind::Read, || handle.with_key(|f| f.read(offset, buf)))
     }
 
     /// Writes all of `data`. `kill`: who writes, if he has no right to leave setuid and setgid bits.
@@ -126,7 +129,7 @@ impl<B: Backing> EnvelopeFs<B> {
         let handle = self.writable(handle)?;
         self.before_change(&handle.inode, kill)?;
         handle.inode.kernels_mtime.content_written();
-        handle.with_key(|f| f.write(offset, data))
+        self.measure(Kind::Write, || handle.with_key(|f| f.write(offset, data)))
     }
 
     /// Makes the file durable, and the names that lead to it.
@@ -135,7 +138,7 @@ impl<B: Backing> EnvelopeFs<B> {
     /// Those of the backing directory.
     pub fn sync_file(&self, handle: u64) -> Result<()> {
         let handle = self.handle(handle)?;
-        self.store.sync_file(&handle.inode.node, &handle.file)
+        self.measure(Kind::Sync, || self.store.sync_file(&handle.inode.node, &handle.file))
     }
 
     /// fallocate(2).
@@ -208,6 +211,11 @@ impl<B: Backing> EnvelopeFs<B> {
     /// Whether writing may wait for a key service, if only for another request that does.
     pub fn write_may_wait(&self, handle: u64) -> bool {
         self.calls_a_service() && self.handles.get(handle).is_some_and(|h| h.file.core().write_may_wait())
+    }
+
+    /// Runs a user's call, and lets background work know how long it took.
+    fn measure<R>(&self, kind: Kind, f: impl FnOnce() -> R) -> R {
+        self.store.shared().load.measure(kind, f)
     }
 
     fn writable(&self, handle: u64) -> Result<Arc<Handle<B>>> {

@@ -13,6 +13,9 @@
 //! | [`moves`] | what is renamed while a walk is under way | none |
 //! | [`record`] | the journal's record: bytes ↔ type | none |
 //! | [`pace`] | how long to wait before the next header | none |
+//! | `patience` | how long to wait for a key service that does not answer | none |
+//! | `courtesy` | which share of the time to work, from what users wait | none |
+//! | `turns` | when a worker may begin the next header | waits |
 //! | `plan` | which KEK headers go to, from the keyring | none |
 //! | `journal` | the record on disk | yes |
 //! | `pass` | one walk over the store, in batches, by workers | walks |
@@ -22,6 +25,7 @@
 //! | `run` | all of it in order | yes |
 
 pub mod control;
+mod courtesy;
 mod journal;
 pub mod moves;
 pub mod options;
@@ -37,6 +41,7 @@ pub mod sealed;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod verify;
 
 pub use control::{Cancelled, Control};

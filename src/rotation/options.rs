@@ -13,8 +13,10 @@ pub struct Options {
     pub kek: Option<KekKind>,
     /// Root keys to wrap the new KEK under. Empty: the store's present ones.
     pub root: Vec<Arc<dyn KeyProvider>>,
-    /// At most so many headers a second. `None`: as fast as it goes.
+    /// At most so many headers a second. `None`: as fast as users of the store do not feel it.
     pub rate: Option<NonZeroU32>,
+    /// Take no heed of what users of the store wait: neither rest between slices of work nor idle I/O priority.
+    pub full_speed: bool,
     /// Workers. `None`: as many as there are processors, at most 8.
     pub jobs: Option<NonZeroUsize>,
     /// How long a key service that does not answer is waited for in the middle of a sweep, before files count as
@@ -37,6 +39,7 @@ impl std::fmt::Debug for Options {
             .field("kek", &self.kek)
             .field("root", &self.root.len())
             .field("rate", &self.rate)
+            .field("full_speed", &self.full_speed)
             .field("jobs", &self.jobs)
             .field("patience", &self.patience)
             .field("if_older_than", &self.if_older_than)

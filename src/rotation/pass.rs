@@ -110,6 +110,8 @@ pub(super) struct Pass<'a, B: Backing> {
     pub(super) control: &'a Control,
     pub(super) failures: &'a Failures,
     pub(super) workers: usize,
+    /// Let users go first at the disk and the processors.
+    pub(super) gentle: bool,
 }
 
 /// How a pass ended.
@@ -217,7 +219,12 @@ impl<B: Backing> Pass<'_, B> {
             let workers: Vec<_> = (0..self.workers)
                 .map(|_| {
                     let (done, receive) = (done.clone(), Arc::clone(&receive));
-                    scope.spawn(move || work(&receive, &done, visitor))
+                    scope.spawn(move || {
+                        if self.gentle {
+                            self.backing.give_way();
+                        }
+                        work(&receive, &done, visitor)
+                    })
                 })
                 .collect();
             drop((done, receive));

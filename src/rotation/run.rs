@@ -4,12 +4,12 @@ use super::control::{Cancelled, Control};
 use super::journal::Journal;
 use super::moves::Moves;
 use super::options::Options;
-use super::pace::Pace;
 use super::pass::{Failures, Pass};
 use super::patience::Patience;
 use super::plan::{self, Begin, Wish};
 use super::report::{Counts, Failure, Outcome, Progress, Report, State, Status};
 use super::sweep::Sweep;
+use super::turns::Turns;
 use super::verify::{Found, Verify};
 use crate::backing::Backing;
 use crate::format::damage::Damage;
@@ -73,6 +73,7 @@ struct Run<'a, B: Backing> {
     options: &'a Options,
     progress: &'a dyn Progress,
     control: &'a Control,
+    turns: Turns<'a>,
     journal: RefCell<Journal<'a, B>>,
     began: Instant,
     started: u64,
@@ -105,6 +106,7 @@ impl<'a, B: Backing> Run<'a, B> {
             options,
             progress,
             control,
+            turns: Turns::new(options, control, &ctx.shared.load),
             journal: RefCell::new(journal),
             began: Instant::now(),
             started: now(),
@@ -247,6 +249,7 @@ impl<'a, B: Backing> Run<'a, B> {
             control: self.control,
             failures,
             workers: self.options.worker_count(),
+            gentle: !self.options.full_speed,
         }
     }
 
@@ -260,7 +263,7 @@ impl<'a, B: Backing> Run<'a, B> {
             control: self.control,
             failures: &failures,
             again,
-            pace: self.options.rate.map(|r| Mutex::new(Pace::new(r))),
+            turns: &self.turns,
             patience: Mutex::new(Patience::new(self.options.patience)),
             counts: Mutex::new(Counts::default()),
         };
@@ -297,7 +300,7 @@ impl<'a, B: Backing> Run<'a, B> {
         let verify = Verify {
             shared: self.ctx.shared,
             target,
-            control: self.control,
+            turns: &self.turns,
             failures: &failures,
             found: Mutex::new(Found::default()),
         };

@@ -1,11 +1,11 @@
 //! The sweep: moves every header of a batch to the target KEK.
 
 use super::control::{Cancelled, Control};
-use super::pace::Pace;
 use super::pass::{Failures, Item, Visitor};
 use super::patience::Patience;
 use super::report::Counts;
 use super::rewrap::{First, Half, Second, first_half, second_half};
+use super::turns::Turns;
 use crate::backing::Backing;
 use crate::store::StoreError;
 use crate::store::keys::KekHandle;
@@ -32,19 +32,12 @@ pub(super) struct Sweep<'a, B: Backing> {
     /// A scan of the disk found headers behind that the sweep before it took for done: a page whose writeback failed
     /// stays in the cache as if it were clean. Every header is written again.
     pub(super) again: bool,
-    pub(super) pace: Option<Mutex<Pace>>,
+    pub(super) turns: &'a Turns<'a>,
     pub(super) patience: Mutex<Patience>,
     pub(super) counts: Mutex<Counts>,
 }
 
 impl<B: Backing> Sweep<'_, B> {
-    fn wait_for_turn(&self) -> Result<(), Cancelled> {
-        self.control.checkpoint()?;
-        let Some(pace) = &self.pace else { return Ok(()) };
-        let wait = pace.lock().grant(1, Instant::now());
-        if wait.is_zero() { Ok(()) } else { self.control.wait(wait) }
-    }
-
     /// The first half of one header. A key service that does not answer is waited for as long as there is patience:
     /// an outage in the middle of a run is no reason to end it with as many failures as there are files.
     fn first(&self, item: &Item<B>) -> Result<Result<First<B>, StoreError>, Cancelled> {
@@ -76,7 +69,7 @@ impl<B: Backing> Sweep<'_, B> {
         let mut halves = Vec::with_capacity(items.len());
         for item in items {
             if end.is_ok() {
-                *end = self.wait_for_turn();
+                *end = self.turns.next();
             }
             if end.is_err() {
                 break;
@@ -113,6 +106,7 @@ impl<B: Backing> Sweep<'_, B> {
 
 impl<B: Backing> Visitor<B> for Sweep<'_, B> {
     fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled> {
+        let _at_work = self.turns.at_work();
         let mut counts = Counts { scanned: items.len() as u64, ..Counts::default() };
         let (mut end, mut todo) = (Ok(()), items);
         for _ in 0..TRIES {

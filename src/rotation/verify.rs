@@ -1,9 +1,10 @@
 //! The proof: a fresh scan from disk of both slots of every header. Uses no key and no cache.
 
-use super::control::{Cancelled, Control};
+use super::control::Cancelled;
 use super::pass::{Failures, Item, Visitor};
 use super::report::Counts;
 use super::rewrap::{Look, Standing, judge, look, read_header};
+use super::turns::Turns;
 use crate::backing::{Access, Backing};
 use crate::format::damage::Damage;
 use crate::format::header::SlotPair;
@@ -30,7 +31,7 @@ pub(super) struct Found {
 pub(super) struct Verify<'a, B: Backing> {
     pub(super) shared: &'a Shared<B>,
     pub(super) target: KekId,
-    pub(super) control: &'a Control,
+    pub(super) turns: &'a Turns<'a>,
     pub(super) failures: &'a Failures,
     pub(super) found: Mutex<Found>,
 }
@@ -102,10 +103,11 @@ impl<B: Backing> Verify<'_, B> {
 
 impl<B: Backing> Visitor<B> for Verify<'_, B> {
     fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled> {
+        let _at_work = self.turns.at_work();
         let mut found = Found::default();
         let mut end = Ok(());
         for item in items {
-            end = self.control.checkpoint();
+            end = self.turns.next();
             if end.is_err() {
                 break;
             }

@@ -9,6 +9,7 @@ pub mod file;
 pub mod flood;
 pub mod header;
 pub mod keys;
+pub mod load;
 pub mod lock;
 pub mod moves;
 pub mod namespace;

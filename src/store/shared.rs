@@ -3,6 +3,7 @@
 use super::dek_cache::DekCache;
 use super::file::SettleQueue;
 use super::keys::Keys;
+use super::load::Load;
 use crate::backing::Backing;
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -13,6 +14,8 @@ pub struct Shared<B: Backing> {
     pub deks: DekCache,
     pub read_only: bool,
     pub inode_locks: InodeLocks,
+    /// How long users wait, for background work.
+    pub load: Load,
     /// Files that wait for a barrier before they are marked clean.
     pub settle: SettleQueue<B>,
 }
@@ -20,7 +23,15 @@ pub struct Shared<B: Backing> {
 impl<B: Backing> Shared<B> {
     /// Puts an opened backing directory and its opened keyring together.
     pub fn new(backing: B, keys: Keys, deks: DekCache, read_only: bool) -> Self {
-        Self { backing, keys, deks, read_only, inode_locks: InodeLocks::new(), settle: SettleQueue::default() }
+        Self {
+            backing,
+            keys,
+            deks,
+            read_only,
+            inode_locks: InodeLocks::new(),
+            load: Load::default(),
+            settle: SettleQueue::default(),
+        }
     }
 }
 

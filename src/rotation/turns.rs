@@ -1,0 +1,74 @@
+//! When a worker may begin the next header: not while paused, no faster than `--rate`, and giving way to users.
+
+use super::control::{Cancelled, Control};
+use super::courtesy::Courtesy;
+use super::options::Options;
+use super::pace::Pace;
+use crate::store::load::Load;
+use parking_lot::Mutex;
+use std::time::{Duration, Instant};
+
+/// Shared by all workers of a run.
+pub(super) struct Turns<'a> {
+    control: &'a Control,
+    load: &'a Load,
+    pace: Option<Mutex<Pace>>,
+    courtesy: Option<Mutex<Courtesy>>,
+}
+
+/// A worker at work; what users wait meanwhile may be its doing.
+pub(super) struct AtWork<'a>(&'a Load);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.work(false);
+    }
+}
+
+impl<'a> Turns<'a> {
+    pub(super) fn new(options: &Options, control: &'a Control, load: &'a Load) -> Self {
+        load.listen(!options.full_speed);
+        Self {
+            control,
+            load,
+            pace: options.rate.map(|r| Mutex::new(Pace::new(r))),
+            courtesy: (!options.full_speed).then(|| Mutex::new(Courtesy::new())),
+        }
+    }
+
+    /// A worker takes up a batch.
+    pub(super) fn at_work(&self) -> AtWork<'a> {
+        self.load.work(true);
+        AtWork(self.load)
+    }
+
+    /// Returns when the next header's turn has come. The caller is at work, and holds no lock that a user may want.
+    pub(super) fn next(&self) -> Result<(), Cancelled> {
+        self.control.checkpoint()?;
+        let now = Instant::now();
+        let rest = self.courtesy.as_ref().map_or(Duration::ZERO, |c| self.rest(&mut c.lock(), now));
+        let wait = self.pace.as_ref().map_or(Duration::ZERO, |p| p.lock().grant(1, now)).max(rest);
+        if wait.is_zero() {
+            return Ok(());
+        }
+        self.load.work(false);
+        let waited = self.control.wait(wait);
+        self.load.work(true);
+        waited
+    }
+
+    fn rest(&self, c: &mut Courtesy, now: Instant) -> Duration {
+        if c.is_step_due(now) {
+            let (quiet, busy) = self.load.take();
+            c.step(&quiet, &busy);
+            tracing::debug!(share = c.share(), "rotation's share of the time");
+        }
+        c.rest(now)
+    }
+}
+
+impl Drop for Turns<'_> {
+    fn drop(&mut self) {
+        self.load.listen(false);
+    }
+}

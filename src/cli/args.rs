@@ -28,7 +28,7 @@ pub enum Command {
     Status(StatusArgs),
     /// Re-wrap every file's key under a new KEK, mounted or not
     Rotate(RotateArgs),
-    /// List, add, remove and refresh root keys; check reports
+    /// List, add, remove and refresh root keys; destroy KEKs; export and import the keyring; check reports
     #[command(subcommand)]
     Key(KeyCommand),
     /// Look for damage
@@ -347,6 +347,43 @@ pub enum KeyCommand {
         /// One JSON object
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        open: OpenKeys,
+    },
+    /// Destroy a retired KEK for good, after a scan of every header has proved that none names it
+    Destroy {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// Id of the KEK as `key list` shows it
+        #[arg(value_name = "KEK")]
+        kek: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        open: OpenKeys,
+    },
+    /// Write a copy of the keyring to a file; needs no key, and the copy is of no use without a root key
+    Export {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// Where to, outside of the store
+        file: PathBuf,
+        /// Replace FILE if it is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Put an exported keyring back into a store whose own is lost or damaged
+    Import {
+        /// The backing directory; not mounted
+        backing: PathBuf,
+        /// What `key export` wrote
+        file: PathBuf,
+        /// Also over a whole keyring that is newer, or another's
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         open: OpenKeys,
     },

@@ -2,12 +2,16 @@
 
 use super::args::InspectArgs;
 use super::output;
+use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::format::FORMAT_VERSION;
 use crate::format::damage::Damage;
 use crate::format::geometry::{Copy2, PAGE, block_count, plain_size, segment_count};
 use crate::format::header::{SUITE_GCM_SIV, Slot, SlotPair, WRAP_EXTERNAL, WRAP_SEALED};
 use crate::format::ids::{FileId, KekId, StoreId};
+use crate::format::keyring::KekState;
+use crate::format::time::rfc3339_seconds;
+use crate::store::keys::Keys;
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 use std::fs::File;
@@ -56,6 +60,11 @@ struct SlotFields {
     file_id: FileId,
     sequence: u64,
     kek: KekId,
+    /// `active`, `retired`, …, as the keyring above the file says it, unverified; `null` if there is none or it does
+    /// not know the KEK.
+    kek_state: Option<&'static str>,
+    /// When the KEK was destroyed, in seconds since 1970; 0 if it was not.
+    kek_destroyed: u64,
     wrap: String,
     wrapped_length: usize,
 }
@@ -66,7 +75,8 @@ struct SlotFields {
 /// [`FaultKind::Damage`] if neither slot is valid (after saying what is there); the file cannot be read; it is not a
 /// regular file.
 pub fn run(a: &InspectArgs) -> Result<(), Fault> {
-    let view = inspect(&a.file)?;
+    let mut view = inspect(&a.file)?;
+    say_what_became_of_keks(&mut view, &a.file);
     if a.json {
         output::print_json(&view)?
     } else {
@@ -115,6 +125,29 @@ fn view(file: String, size: u64, head: &[u8]) -> Result<Inspection, Damage> {
     Ok(v)
 }
 
+/// Adds what the keyring of the store that the file lies in says of the KEKs, if there is one.
+fn say_what_became_of_keks(v: &mut Inspection, path: &Path) {
+    let Ok(path) = std::fs::canonicalize(path) else { return };
+    let own = |d: &&Path| d.join(".envelopefs").is_dir();
+    let ring = path.ancestors().skip(1).find(own).and_then(|d| Keys::read_keyring(&Posix::open(d).ok()?).ok());
+    let Some(ring) = ring else { return };
+    for s in &mut v.slots {
+        let Content::Slot(f) = &mut s.content else { continue };
+        if let Some(k) = ring.kek(f.kek).filter(|_| f.store == ring.store) {
+            (f.kek_state, f.kek_destroyed) = (Some(state_name(k.state)), k.destroyed);
+        }
+    }
+}
+
+fn state_name(s: KekState) -> &'static str {
+    match s {
+        KekState::Pending => "pending",
+        KekState::Active => "active",
+        KekState::Retired => "retired",
+        KekState::Destroyed => "destroyed",
+    }
+}
+
 fn slot_view(slot: &'static str, s: &Result<Slot, Damage>) -> SlotView {
     match s {
         Ok(s) => SlotView { slot, valid: true, content: Content::Slot(fields(s)) },
@@ -132,12 +165,23 @@ fn fields(s: &Slot) -> SlotFields {
         file_id: s.file,
         sequence: s.sequence,
         kek: s.kek,
+        kek_state: None,
+        kek_destroyed: 0,
         wrap: match s.wrap_suite {
             WRAP_SEALED => "sealed".into(),
             WRAP_EXTERNAL => "external".into(),
             n => format!("unknown {n}"),
         },
         wrapped_length: s.wrapped.len(),
+    }
+}
+
+/// What became of the KEK, if it is not the active one.
+fn fate(f: &SlotFields) -> String {
+    match f.kek_state {
+        None | Some("active") => String::new(),
+        Some("destroyed") => format!(", destroyed at {}", rfc3339_seconds(f.kek_destroyed)),
+        Some(state) => format!(", {state}"),
     }
 }
 
@@ -156,8 +200,9 @@ fn text(v: &Inspection) -> String {
                 t.push_str(&format!("  slot {}: not valid: {message} ({code})\n", s.slot.to_uppercase()));
             }
             Content::Slot(f) => t.push_str(&format!(
-                "  slot {}{mark}: format {}, {}, sequence {}\n    store {}\n    file  {}\n    KEK   {}, {}, {} bytes wrapped\n",
-                s.slot.to_uppercase(), f.version, f.suite, f.sequence, f.store, f.file_id, f.kek, f.wrap, f.wrapped_length
+                "  slot {}{mark}: format {}, {}, sequence {}\n    store {}\n    file  {}\n    KEK   {}, {}, {} bytes wrapped{}\n",
+                s.slot.to_uppercase(), f.version, f.suite, f.sequence, f.store, f.file_id, f.kek, f.wrap, f.wrapped_length,
+                fate(f)
             )),
         }
     }

@@ -1,9 +1,9 @@
-//! `key add`, `key remove` and `key refresh`: root keys of the keyring, through the daemon if the store is mounted.
+//! `key`: root keys of the keyring, through the daemon if the store is mounted.
 
 use super::args::{AccessArgs, KeyCommand, OpenKeys};
 use super::config::Config;
 use super::place::Place;
-use super::{audit, key_list, output, recovery, report, root_keys};
+use super::{audit, kek, key_list, keyring, output, recovery, report, root_keys};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
@@ -31,6 +31,9 @@ pub fn run(c: &KeyCommand) -> Result<(), Fault> {
         }
         KeyCommand::Remove { target, which, open } => remove(&Place::find(target)?, which, open),
         KeyCommand::Refresh { target, dry_run, json, open } => refresh(&Place::find(target)?, *dry_run, *json, open),
+        KeyCommand::Destroy { target, kek: id, yes, open } => kek::destroy(&Place::find(target)?, id, *yes, open),
+        KeyCommand::Export { target, file, force } => keyring::export(&Place::find(target)?, file, *force),
+        KeyCommand::Import { backing, file, force, open } => keyring::import(backing, file, *force, open),
     }
 }
 

@@ -9,8 +9,10 @@ pub mod exit;
 pub mod generate;
 pub mod init;
 pub mod inspect;
+pub mod kek;
 pub mod key;
 pub mod key_list;
+pub mod keyring;
 pub mod lock;
 pub mod metrics;
 pub mod mount;
@@ -107,6 +109,9 @@ fn subject(c: &Command) -> String {
         Command::Key(args::KeyCommand::Add { target, .. }) => p(target),
         Command::Key(args::KeyCommand::Remove { target, .. }) => p(target),
         Command::Key(args::KeyCommand::Refresh { target, .. }) => p(target),
+        Command::Key(args::KeyCommand::Destroy { target, .. }) => p(target),
+        Command::Key(args::KeyCommand::Export { target, .. }) => p(target),
+        Command::Key(args::KeyCommand::Import { backing, .. }) => p(backing),
         Command::Check(a) => p(&a.backing),
         Command::Audit(args::AuditCommand::Verify(a)) => a.store.as_deref().map(p).unwrap_or_default(),
         Command::Metrics(a) => p(&a.target),

@@ -159,14 +159,15 @@ fn cancel_in_daemon_on_signal(target: &Path) -> Result<(), Fault> {
 }
 
 /// Does `then` at each signal that asks the process to end.
-fn on_signal(then: impl Fn() + Send + 'static) -> Result<(), Fault> {
+pub(super) fn on_signal(then: impl Fn() + Send + 'static) -> Result<(), Fault> {
     let fail = |e: std::io::Error| Fault::new(FaultKind::Other, format!("cannot wait for signals: {e}"));
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(fail)?;
     std::thread::spawn(move || signals.forever().for_each(|_| then()));
     Ok(())
 }
 
-struct Shown<'a>(&'a Meter);
+/// A meter for the progress of work on this store.
+pub(super) struct Shown<'a>(pub(super) &'a Meter);
 
 impl Progress for Shown<'_> {
     fn update(&self, s: &Status) {
@@ -174,7 +175,8 @@ impl Progress for Shown<'_> {
     }
 }
 
-fn show(meter: &Meter, s: &Status) {
+/// Shows how far a run or a scan is.
+pub(super) fn show(meter: &Meter, s: &Status) {
     let says = format!("{}: {} rewrapped, {:.0}/s{}", phase(s.state), s.counts.rewrapped, s.rate, standing(s));
     meter.update(s.counts.scanned, s.expected, &says);
 }
@@ -235,6 +237,12 @@ fn finish(r: &Report, s: Option<&SealedReport>, file: Option<ReportFile>, a: &Ro
         output::print(&(text(r) + &place))?;
     }
     if r.is_done() {
+        if r.outcome == Outcome::Complete && !a.json {
+            let at = a.target.display();
+            eprintln!(
+                "envelopefs: the keyring has changed: keep a copy outside of the store (envelopefs key export {at} FILE)"
+            );
+        }
         return written.map(drop);
     }
     // How the rotation ended matters more.

@@ -14,13 +14,14 @@ use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::seal::{Seal, hash_from, hex};
 use crate::crypto::secret::memory_is_locked;
-use crate::format::ids::RootKeyId;
+use crate::format::ids::{KekId, RootKeyId};
 use crate::kms::guard;
 use crate::kms::recovery::RecoveryKey;
 use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, passphrase};
-use crate::rotation;
+use crate::rotation::{self, Destroyed};
 use crate::store::{Store, StoreError};
+use parking_lot::Mutex;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,11 +60,28 @@ impl Handler for Control {
             }
             Request::KeyRemove { id } => self.key_remove(&id).map(|()| Reply::Done),
             Request::KeyRefresh { dry_run } => self.key_refresh(dry_run).map(Reply::Refreshed),
+            Request::KekDestroy { id } => self.kek_destroy(&id, client).map(Reply::Destroyed),
             Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
             Request::AuditHead => Ok(Reply::AuditHead(self.audit_head())),
             Request::Seals { of, seals } => Ok(Reply::Seals(self.genuine(of, &seals))),
         };
         client.send(&reply.unwrap_or_else(Reply::Failed))
+    }
+}
+
+/// A scan that a client waits for.
+struct Watched<'a> {
+    client: Mutex<&'a mut Client>,
+    control: &'a rotation::Control,
+}
+
+impl rotation::Progress for Watched<'_> {
+    fn update(&self, s: &rotation::Status) {
+        let mut client = self.client.lock();
+        if client.is_gone() || client.send(&Reply::Progress(s.clone())).is_err() {
+            tracing::info!("the client that waits for a scan has gone: cancelling it");
+            self.control.cancel();
+        }
     }
 }
 
@@ -189,6 +207,16 @@ impl Control {
         let id: RootKeyId = id.parse().map_err(|e| Fault::new(FaultKind::Usage, format!("root key id: {e}")))?;
         let shared = self.store.shared();
         shared.keys.remove_root_key(&shared.backing, id).map_err(|e| Fault::store(&self.backing, &e))
+    }
+
+    /// The client hears how the scan gets on, and ends it by going away.
+    fn kek_destroy(&self, id: &str, client: &mut Client) -> Result<Destroyed, Fault> {
+        let id: KekId = id.parse().map_err(|e| Fault::new(FaultKind::Usage, format!("KEK id: {e}")))?;
+        self.job.alone(|control| {
+            let teller = Watched { client: Mutex::new(client), control };
+            super::rotate::destroy_mounted(&self.store, id, &teller, control)
+                .map_err(|e| Fault::store(&self.backing, &e))
+        })
     }
 
     fn key_refresh(&self, dry_run: bool) -> Result<RefreshReport, Fault> {

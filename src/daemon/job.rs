@@ -16,12 +16,21 @@ const TICK: Duration = Duration::from_millis(250);
 struct Inner {
     state: Option<RotationState>,
     control: Option<Arc<Control>>,
+    /// Work that must not meet a rotation.
+    other: Option<Other>,
     /// Counts the rotations, so that a client watches the one it asked for.
     number: u64,
     /// The daemon is about to end: no rotation begins any more, for nothing would wait for it.
     ended: bool,
     /// The keys are locked: no rotation begins before they are back.
     held: bool,
+}
+
+/// What keeps rotations out while it is under way, besides rotations.
+struct Other {
+    control: Arc<Control>,
+    /// Nobody waits for it: it gives way to whoever comes.
+    yields: bool,
 }
 
 /// The daemon's rotation.
@@ -61,15 +70,7 @@ impl Job {
         let control = Arc::new(Control::new());
         let number = {
             let mut inner = self.inner.lock();
-            if inner.ended {
-                return Err(Fault::new(FaultKind::Other, "the store is being unmounted"));
-            }
-            if inner.held {
-                return Err(Fault::new(FaultKind::KeysLocked, "the keys of this store are locked"));
-            }
-            if inner.control.is_some() {
-                return Err(Fault::new(FaultKind::RotationRunning, "a rotation of this store is under way already"));
-            }
+            self.make_way(&mut inner)?;
             inner.control = Some(control.clone());
             inner.state = Some(RotationState { running: true, ..Default::default() });
             inner.number += 1;
@@ -103,6 +104,64 @@ impl Job {
         self.changed.notify_all();
     }
 
+    /// Runs `scan` on this thread, while no rotation is under way and none can begin.
+    ///
+    /// # Errors
+    /// [`FaultKind::RotationRunning`] if one is under way; [`FaultKind::KeysLocked`]; those of `scan`.
+    pub fn alone<R>(&self, scan: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
+        self.without_rotation(false, scan)
+    }
+
+    /// As [`Job::alone`], for small work that nobody waits for: it is cancelled when something else is to begin.
+    ///
+    /// # Errors
+    /// As [`Job::alone`].
+    pub fn in_between<R>(&self, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
+        self.without_rotation(true, work)
+    }
+
+    fn without_rotation<R>(&self, yields: bool, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
+        struct End<'a>(&'a Job);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.inner.lock().other = None;
+                self.0.changed.notify_all();
+            }
+        }
+        let control = Arc::new(Control::new());
+        {
+            let mut inner = self.inner.lock();
+            self.make_way(&mut inner)?;
+            inner.other = Some(Other { control: control.clone(), yields });
+        }
+        let _end = End(self);
+        work(&control)
+    }
+
+    /// Ends work that gives way. On return nothing is under way.
+    ///
+    /// # Errors
+    /// That something is, that the keys are locked, or that the daemon is about to end.
+    fn make_way(&self, inner: &mut MutexGuard<'_, Inner>) -> Result<(), Fault> {
+        while let Some(o) = &inner.other {
+            if !o.yields {
+                let text = "headers of this store are being scanned for key destroy";
+                return Err(Fault::new(FaultKind::RotationRunning, text));
+            }
+            o.control.cancel();
+            self.changed.wait(inner);
+        }
+        // Whatever came first while this one waited, too.
+        match (inner.ended, inner.held, inner.control.is_some()) {
+            (true, _, _) => Err(Fault::new(FaultKind::Other, "the store is being unmounted")),
+            (_, true, _) => Err(Fault::new(FaultKind::KeysLocked, "the keys of this store are locked")),
+            (_, _, true) => {
+                Err(Fault::new(FaultKind::RotationRunning, "a rotation of this store is under way already"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Runs `f` on the switches of the rotation under way.
     ///
     /// # Errors
@@ -117,14 +176,14 @@ impl Job {
         }
     }
 
-    /// Cancels the rotation under way, if any, and waits until it has stopped. None can be started after.
+    /// Cancels the rotation or scan under way, if any, and waits until it has stopped. None can be started after.
     pub fn stop(&self) {
         let mut inner = self.inner.lock();
         inner.ended = true;
         self.cancel_and_wait(inner);
     }
 
-    /// Cancels the rotation under way, if any, and waits until it has stopped. None can be started before
+    /// Cancels the rotation or scan under way, if any, and waits until it has stopped. None can be started before
     /// [`Job::release`].
     pub fn hold(&self) {
         let mut inner = self.inner.lock();
@@ -138,7 +197,7 @@ impl Job {
     }
 
     fn cancel_and_wait(&self, mut inner: MutexGuard<'_, Inner>) {
-        while let Some(c) = &inner.control {
+        while let Some(c) = inner.control.as_ref().or(inner.other.as_ref().map(|o| &o.control)) {
             c.cancel();
             self.changed.wait(&mut inner);
         }
@@ -233,5 +292,62 @@ mod tests {
         job.stop();
         assert!(job.state().unwrap().fault.unwrap().message.contains("panicked"));
         job.stop();
+    }
+
+    #[test]
+    fn a_scan_and_a_rotation_keep_each_other_out_and_an_unmount_ends_both() {
+        let job = Arc::new(Job::default());
+        job.alone(|c| {
+            assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::RotationRunning);
+            assert_eq!(job.alone(|_| Ok(())).unwrap_err().kind, FaultKind::RotationRunning);
+            assert!(c.checkpoint().is_ok());
+            Ok(())
+        })
+        .unwrap();
+        job.start(|_, c| {
+            let _ = c.wait(Duration::from_secs(600));
+            Err(cancelled())
+        })
+        .unwrap();
+        assert_eq!(job.alone(|_| Ok(())).unwrap_err().kind, FaultKind::RotationRunning);
+        job.steer(Control::cancel).unwrap();
+        let other = job.clone();
+        let (begun, ready) = std::sync::mpsc::channel();
+        std::thread::scope(|s| {
+            let scan = s.spawn(move || {
+                loop {
+                    // Until the rotation has stopped.
+                    let r = other.alone(|c| {
+                        begun.send(()).unwrap();
+                        Ok(c.wait(Duration::from_secs(600)).is_err())
+                    });
+                    if !matches!(&r, Err(f) if f.kind == FaultKind::RotationRunning) {
+                        return r;
+                    }
+                    std::thread::yield_now();
+                }
+            });
+            ready.recv().unwrap();
+            job.stop();
+            assert_eq!(scan.join().unwrap(), Ok(true), "the scan was cancelled");
+        });
+        assert!(job.alone(|_| Ok(())).is_err(), "none begins any more");
+    }
+
+    #[test]
+    fn small_work_gives_way_to_whoever_comes() {
+        let job = Job::default();
+        let (begun, ready) = std::sync::mpsc::channel();
+        std::thread::scope(|s| {
+            let small = s.spawn(|| {
+                job.in_between(|c| {
+                    begun.send(()).unwrap();
+                    Ok(c.wait(Duration::from_secs(600)).is_err())
+                })
+            });
+            ready.recv().unwrap();
+            assert_eq!(job.alone(|_| Ok(7)), Ok(7));
+            assert_eq!(small.join().unwrap(), Ok(true), "it was cancelled");
+        });
     }
 }

@@ -7,7 +7,7 @@ use super::fault::Fault;
 use crate::crypto::seal::SealKey;
 use crate::crypto::secret::StoreSecret;
 use crate::format::keyring::KekKind;
-use crate::rotation::{Report, SealedReport, Status, sealed};
+use crate::rotation::{Destroyed, Report, SealedReport, Status, sealed};
 use crate::store::keys::RefreshedRoot;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
@@ -62,6 +62,10 @@ pub enum Request {
     KeyRefresh {
         /// Look only.
         dry_run: bool,
+    },
+    /// Prove that no header needs the KEK with this id, and destroy it.
+    KekDestroy {
+        id: String,
     },
     /// Figures for monitoring, as Prometheus text.
     Metrics,
@@ -209,6 +213,8 @@ pub enum Reply {
     Progress(Status),
     /// The rotation's report, or its present state.
     Rotation(Box<RotationState>),
+    /// The KEK is destroyed.
+    Destroyed(Destroyed),
     /// What became of each root key.
     Refreshed(RefreshReport),
     Metrics(String),
@@ -452,6 +458,7 @@ mod tests {
             Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("p w".into())) },
             Request::KeyRemove { id: "ab".into() },
             Request::KeyRefresh { dry_run: true },
+            Request::KekDestroy { id: "ab".into() },
             Request::Seals { of: Sealed::AuditLog, seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
             Request::Lock,
             Request::Unlock {

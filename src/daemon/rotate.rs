@@ -1,7 +1,11 @@
-//! Running a rotation, inside the daemon or on a store that is not mounted.
+//! Running a rotation or destroying a KEK, inside the daemon or on a store that is not mounted.
 
+use super::job::Job;
 use crate::backing::Backing;
-use crate::rotation::{self, Context, Control, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, sealed};
+use crate::format::ids::KekId;
+use crate::rotation::{
+    self, Context, Control, Destroyed, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, sealed,
+};
 use crate::store::{Result, Store};
 
 /// The mounted store knows what is renamed meanwhile.
@@ -37,4 +41,37 @@ pub fn offline<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progres
 /// Seals what a run on `store` said.
 pub fn seal<B: Backing>(store: &Store<B>, report: &Report) -> SealedReport {
     SealedReport::new(report, &sealed::seal_key(store.shared().keys.secret()))
+}
+
+/// Destroys a KEK of a store that is in use.
+///
+/// # Errors
+/// As [`rotation::destroy`].
+pub fn destroy_mounted<B: Backing>(s: &Store<B>, k: KekId, progress: &dyn Progress, c: &Control) -> Result<Destroyed> {
+    rotation::destroy(&Context { shared: s.shared(), moves: &Renamed(s) }, k, progress, c)
+}
+
+/// Destroys a KEK of an open store that nobody else uses; the caller holds the volume lock.
+///
+/// # Errors
+/// As [`rotation::destroy`].
+pub fn destroy_offline<B: Backing>(s: &Store<B>, k: KekId, progress: &dyn Progress, c: &Control) -> Result<Destroyed> {
+    rotation::destroy(&Context { shared: s.shared(), moves: &NoMoves }, k, progress, c)
+}
+
+/// Moves headers that old backups brought back to the active KEK, if there are any and no rotation is under way, which
+/// does that as well.
+pub fn restored<B: Backing>(store: &Store<B>, job: &Job) {
+    let shared = store.shared();
+    if shared.restored.is_empty() {
+        return;
+    }
+    let moved = job.in_between(|control| Ok(rotation::rewrap_restored(shared, control)));
+    match moved {
+        Ok(Ok(c)) if c.rewrapped > 0 => {
+            tracing::info!(files = c.rewrapped, "moved headers of an old backup from retired KEKs to the active one");
+        }
+        Ok(Err(e)) => tracing::warn!("headers of an old backup stay under a retired KEK: {e}"),
+        Ok(Ok(_)) | Err(_) => {}
+    }
 }

@@ -10,7 +10,7 @@ use super::metrics::source::Source;
 use super::observed::Observed;
 use super::ready::Sender;
 use super::server::{Server, open_dir};
-use super::{audit, log, mounts, open, runtime_dir, spawn};
+use super::{audit, log, mounts, open, rotate, runtime_dir, spawn};
 use crate::backing::posix::Posix;
 use crate::fuse::{self, MountOptions, Unmounter};
 use crate::kms::ConnectOptions;
@@ -119,7 +119,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     on_signals(mounted.unmount_handle(), plan.mount.mountpoint.clone())
         .map_err(|e| Fault::new(FaultKind::Other, format!("cannot wait for signals: {}", plain(&e))))?;
     keeper.mounted(mounted.caches());
-    let settling = Settling::start(store.clone());
+    let settling = Settling::start(store.clone(), job.clone());
     let place = format!("{} at {}", plan.backing.display(), plan.mount.mountpoint.display());
     observed.tell(StoreChange::Mount, &place);
     let refresher = Refresher::start(keeper.clone());
@@ -237,14 +237,14 @@ fn detach(unmounter: &Unmounter, mountpoint: &Path) {
     }
 }
 
-/// The thread that marks closed files clean and forgets old keys.
+/// The thread that marks closed files clean, forgets old keys, and moves headers that old backups brought back.
 struct Settling {
     stop: StopSender<()>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Settling {
-    fn start(store: Arc<Store<Posix>>) -> Self {
+    fn start(store: Arc<Store<Posix>>, job: Arc<Job>) -> Self {
         let (stop, stopped) = channel();
         let work = move || {
             while stopped.recv_timeout(SETTLE_EVERY) == Err(RecvTimeoutError::Timeout) {
@@ -252,6 +252,7 @@ impl Settling {
                     tracing::warn!("settling closed files: {e}");
                 }
                 store.shared().deks.expire();
+                rotate::restored(&store, &job);
             }
         };
         // Without the thread files are settled at unmount.

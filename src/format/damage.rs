@@ -1,6 +1,7 @@
 //! What can be found wrong with stored bytes, each with its own stable code.
 
 use super::ids::{KekId, StoreId};
+use super::time::rfc3339_seconds;
 
 /// Something in the backing directory is not what envelopefs wrote. Codes are stable: they stand in logs, in
 /// `check --json` and in `docs/FORMAT.md`.
@@ -24,8 +25,9 @@ pub enum Damage {
     ForeignStore(StoreId),
     #[error("KEK {0} is not in this store's keyring")]
     KekUnknown(KekId),
-    #[error("KEK {0} was destroyed; only a backup of the keyring from before can open this file")]
-    KekDestroyed(KekId),
+    /// With the time, in seconds since 1970.
+    #[error("KEK {0} was destroyed at {when}; only a backup of the keyring from before can open this file", when = rfc3339_seconds(*.1))]
+    KekDestroyed(KekId, u64),
     #[error("the wrapped DEK does not open under KEK {0}")]
     WrapAuth(KekId),
     #[error("key commitment does not match the unwrapped DEK")]
@@ -73,7 +75,7 @@ impl Damage {
             Self::Malformed => "malformed",
             Self::ForeignStore(_) => "foreign-store",
             Self::KekUnknown(_) => "kek-unknown",
-            Self::KekDestroyed(_) => "kek-destroyed",
+            Self::KekDestroyed(..) => "kek-destroyed",
             Self::WrapAuth(_) => "wrap-auth",
             Self::Commitment => "commitment",
             Self::HeaderMac => "header-mac",

@@ -10,6 +10,7 @@ pub mod keyring;
 pub mod links;
 pub mod names;
 pub mod state;
+pub mod time;
 pub mod xattrs;
 
 /// Format version written and read by this program.

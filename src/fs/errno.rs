@@ -58,7 +58,7 @@ fn of_backing(e: &io::Error) -> i32 {
 
 fn of_damage(d: &Damage) -> i32 {
     match d {
-        Damage::KekDestroyed(_) => libc::EKEYREVOKED,
+        Damage::KekDestroyed(..) => libc::EKEYREVOKED,
         Damage::KekUnknown(_) => libc::ENOKEY,
         Damage::HeaderUnreadable
         | Damage::HeaderMagic
@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn keys_have_errors_of_their_own() {
         let id = KekId([7; 16]);
-        assert_eq!(of(&Damage::KekDestroyed(id).into()), libc::EKEYREVOKED);
+        assert_eq!(of(&Damage::KekDestroyed(id, 1).into()), libc::EKEYREVOKED);
         assert_eq!(of(&Damage::KekUnknown(id).into()), libc::ENOKEY);
         assert_eq!(of(&Damage::WrapAuth(id).into()), libc::EIO);
         assert_eq!(of(&StoreError::KeysLocked), libc::ENOKEY);

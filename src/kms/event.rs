@@ -126,6 +126,8 @@ pub enum StoreChange {
     Offline,
     /// It answers again.
     Online,
+    /// A copy of the keyring was put back into the store.
+    KeyringImport,
 }
 
 impl StoreChange {
@@ -139,6 +141,7 @@ impl StoreChange {
             Self::Denied => "denied",
             Self::Offline => "offline",
             Self::Online => "online",
+            Self::KeyringImport => "keyring-import",
         }
     }
 }

@@ -23,9 +23,12 @@
 //! | `sweep` | a batch of headers, with barriers | yes |
 //! | `verify` | the fresh scan | reads |
 //! | `run` | all of it in order | yes |
+//! | `restored` | headers that an old backup brought back, moved as they are found | yes |
+//! | `destroy` | one KEK gone, after a fresh scan of its own | yes |
 
 pub mod control;
 mod courtesy;
+mod destroy;
 mod journal;
 pub mod moves;
 pub mod options;
@@ -35,6 +38,7 @@ mod patience;
 mod plan;
 pub mod record;
 pub mod report;
+mod restored;
 mod rewrap;
 mod run;
 pub mod sealed;
@@ -45,9 +49,11 @@ mod turns;
 mod verify;
 
 pub use control::{Cancelled, Control};
+pub use destroy::{Destroyed, destroy};
 pub use moves::{Moved, Moves, NoMoves};
 pub use options::Options;
 pub use plan::is_unfinished;
 pub use report::{Counts, Failure, Outcome, Progress, Report, State, Status};
+pub use restored::rewrap_restored;
 pub use run::{Context, run};
 pub use sealed::SealedReport;

@@ -35,6 +35,8 @@ const POOL: &[u8] = b"pool";
 const LOST_AND_FOUND: &[u8] = b"lost+found";
 /// Stands for the path of what was renamed while the walk was under way.
 const MOVED: &[u8] = b"(moved during the run)";
+/// The same for what was found by opening it.
+const OPENED: &[u8] = b"(opened under a retired KEK)";
 /// Rounds of a pass after which a store in which directories never stop moving is given up on.
 const ROUNDS_MAX: usize = 1000;
 
@@ -50,14 +52,20 @@ pub(super) struct Item<B: Backing> {
 enum Place<B: Backing> {
     Named(Arc<Dir<B>>, Vec<u8>),
     Moved(Arc<B::Node>),
+    Opened(Arc<B::Node>),
 }
 
 impl<B: Backing> Item<B> {
+    /// A file that somebody has opened.
+    pub(super) fn opened(node: Arc<B::Node>) -> Self {
+        Self { place: Place::Opened(node), in_order: false, reserved: false }
+    }
+
     /// The inode, found anew if it goes by a name.
     pub(super) fn node(&self, backing: &B) -> io::Result<Arc<B::Node>> {
         match &self.place {
             Place::Named(dir, name) => backing.lookup(&dir.node, name).map(Arc::new),
-            Place::Moved(node) => Ok(Arc::clone(node)),
+            Place::Moved(node) | Place::Opened(node) => Ok(Arc::clone(node)),
         }
     }
 
@@ -66,6 +74,7 @@ impl<B: Backing> Item<B> {
         match &self.place {
             Place::Named(dir, name) => dir.path_of(name),
             Place::Moved(_) => MOVED.to_vec(),
+            Place::Opened(_) => OPENED.to_vec(),
         }
     }
 

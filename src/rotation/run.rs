@@ -301,6 +301,7 @@ impl<'a, B: Backing> Run<'a, B> {
             shared: self.ctx.shared,
             target,
             turns: &self.turns,
+            unwanted: None,
             failures: &failures,
             found: Mutex::new(Found::default()),
         };

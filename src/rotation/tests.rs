@@ -2,8 +2,10 @@
 //! threads at work in it.
 
 mod crash;
+mod destroy;
 mod live;
 mod refuse;
+mod restored;
 
 use super::*;
 use crate::backing::sim::SimDisk;

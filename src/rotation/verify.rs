@@ -1,6 +1,7 @@
 //! The proof: a fresh scan from disk of both slots of every header. Uses no key and no cache.
 
 use super::control::Cancelled;
+use super::destroy::PATHS_MAX;
 use super::pass::{Failures, Item, Visitor};
 use super::report::Counts;
 use super::rewrap::{Look, Standing, judge, look, read_header};
@@ -25,6 +26,10 @@ pub(super) struct Found {
     pub(super) by_kek: BTreeMap<KekId, u64>,
     /// Headers by each KEK that one of their valid slots names.
     pub(super) headers: BTreeMap<KekId, u64>,
+    /// Headers of which a slot names the KEK that none should.
+    pub(super) unwanted: u64,
+    /// The first few of them.
+    pub(super) unwanted_paths: Vec<String>,
 }
 
 /// Looks at what it is given.
@@ -32,6 +37,8 @@ pub(super) struct Verify<'a, B: Backing> {
     pub(super) shared: &'a Shared<B>,
     pub(super) target: KekId,
     pub(super) turns: &'a Turns<'a>,
+    /// A KEK of which the files are to be named, if any.
+    pub(super) unwanted: Option<KekId>,
     pub(super) failures: &'a Failures,
     pub(super) found: Mutex<Found>,
 }
@@ -82,6 +89,12 @@ impl<B: Backing> Verify<'_, B> {
         for kek in a.into_iter().chain(b.filter(|_| a != b)) {
             *found.headers.entry(kek).or_default() += 1;
         }
+        if [&pair.a, &pair.b].into_iter().flatten().any(|slot| Some(slot.kek) == self.unwanted) {
+            found.unwanted += 1;
+            if found.unwanted_paths.len() < PATHS_MAX {
+                found.unwanted_paths.push(item.shown());
+            }
+        }
         match standing {
             Standing::Current => found.counts.current += 1,
             Standing::Behind => found.behind += 1,
@@ -123,6 +136,9 @@ impl<B: Backing> Visitor<B> for Verify<'_, B> {
         for (kek, n) in found.headers {
             *all.headers.entry(kek).or_default() += n;
         }
+        all.unwanted += found.unwanted;
+        all.unwanted_paths.extend(found.unwanted_paths);
+        all.unwanted_paths.truncate(PATHS_MAX);
         end
     }
 }

@@ -18,14 +18,17 @@ mod refresh;
 mod roots;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 pub use crate::format::keyring::{KekKind, KekState};
+pub use change::may_destroy;
 pub use disk::{BadCopy, COPIES, FOLDER};
 pub use gate::{KeyStanding, KeyState, LockedBy, Phase};
 pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
 pub use observe::Watch;
 pub use refresh::RefreshedRoot;
 pub use roots::PassedOver;
+pub use transfer::{Exported, Imported, kept};
 
 use crate::backing::Backing;
 use crate::crypto::secret::{Secret32, StoreSecret};
@@ -323,13 +326,19 @@ impl Keys {
     /// wrapped under it; [`StoreError::Kms`] if no root key at hand opened it.
     pub fn kek(&self, id: KekId) -> Result<Arc<KekHandle>> {
         self.gate.may_open()?;
-        let state = self.state.read().ring.kek(id).map(|k| k.state);
-        match state {
+        let found = self.state.read().ring.kek(id).map(|k| (k.state, k.destroyed));
+        match found {
             None => Err(Damage::KekUnknown(id).into()),
-            Some(KekState::Destroyed) => Err(Damage::KekDestroyed(id).into()),
-            Some(KekState::Pending) => refuse(format!("KEK {id} is pending: nothing was wrapped under it")),
-            Some(KekState::Active | KekState::Retired) => self.opened(id),
+            Some((KekState::Destroyed, at)) => Err(Damage::KekDestroyed(id, at).into()),
+            Some((KekState::Pending, _)) => refuse(format!("KEK {id} is pending: nothing was wrapped under it")),
+            Some((KekState::Active | KekState::Retired, _)) => self.opened(id),
         }
+    }
+
+    /// Whether `id` is a retired KEK that a scan proved unused: a header that names it is older than the scan.
+    pub fn is_unused(&self, id: KekId) -> bool {
+        let retired = |k: &KekRecord| k.state == KekState::Retired && k.unused != 0;
+        self.active.read().id() != id && self.state.read().ring.kek(id).is_some_and(retired)
     }
 
     /// The KEK `id` if it was opened, whatever its state.

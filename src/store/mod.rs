@@ -17,6 +17,7 @@ pub mod node;
 pub mod open;
 mod pool;
 mod rename;
+pub mod restored;
 pub mod shared;
 pub mod symlink;
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::dek_cache::DekCache;
 use super::file::SettleQueue;
 use super::keys::Keys;
 use super::load::Load;
+use super::restored::Restored;
 use crate::backing::Backing;
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -18,6 +19,8 @@ pub struct Shared<B: Backing> {
     pub load: Load,
     /// Files that wait for a barrier before they are marked clean.
     pub settle: SettleQueue<B>,
+    /// Files that old backups have brought back.
+    pub restored: Restored<B>,
 }
 
 impl<B: Backing> Shared<B> {
@@ -31,6 +34,7 @@ impl<B: Backing> Shared<B> {
             inode_locks: InodeLocks::new(),
             load: Load::default(),
             settle: SettleQueue::default(),
+            restored: Restored::default(),
         }
     }
 }

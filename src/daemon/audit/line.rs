@@ -1,11 +1,11 @@
 //! One line of the audit log: from an event and its place in the chain to bytes, and back as far as checking needs it.
 //! `docs/AUDIT.md` has the fields.
 
-use super::time::rfc3339;
 use crate::crypto::kdf::{label, sha256};
 pub use crate::crypto::seal::{Hash, Seal, SealKey, hash_from, hex};
 use crate::crypto::secret::StoreSecret;
 use crate::format::ids::{FileId, KekId, RootKeyId, StoreId};
+use crate::format::time::rfc3339;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 use std::borrow::Cow;

@@ -19,7 +19,6 @@ pub mod line;
 pub mod observer;
 pub mod outbox;
 pub mod queue;
-pub mod time;
 pub mod verify;
 pub mod writer;
 

@@ -128,10 +128,10 @@ impl<B: Backing> Checker<'_, B> {
 
     fn kek_damage(&self, id: KekId) -> Option<Damage> {
         let ring = self.ring.as_ref()?;
-        match ring.kek(id).map(|k| k.state) {
-            None | Some(KekState::Pending) => Some(Damage::KekUnknown(id)),
-            Some(KekState::Destroyed) => Some(Damage::KekDestroyed(id)),
-            Some(KekState::Active | KekState::Retired) => None,
+        match ring.kek(id).map(|k| (k.state, k.destroyed)) {
+            None | Some((KekState::Pending, _)) => Some(Damage::KekUnknown(id)),
+            Some((KekState::Destroyed, at)) => Some(Damage::KekDestroyed(id, at)),
+            Some((KekState::Active | KekState::Retired, _)) => None,
         }
     }
 

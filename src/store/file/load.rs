@@ -80,6 +80,10 @@ impl<B: Backing> FileCore<B> {
             }
             Err(e) => return Err(e),
         };
+        if !self.shared.read_only && self.shared.keys.is_unused(slot.kek) {
+            tracing::info!(file = %slot.file, kek = %slot.kek, "an old backup's header, under a KEK thought to be unused");
+            self.shared.restored.note(&self.node);
+        }
         let keys = Arc::new(FileKeys::new(dek, &slot));
         inner.file = Some(file);
         inner.keys = Some(Arc::clone(&keys));

@@ -145,15 +145,7 @@ impl Keys {
     pub fn destroy<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
-        let proved = ring.kek(id).is_some_and(|k| k.unused != 0);
-        match state_of(&ring, id)? {
-            KekState::Destroyed => {}
-            KekState::Retired if proved => {}
-            KekState::Retired => return refuse(format!("KEK {id} may still be needed: rotate to the end first")),
-            KekState::Active | KekState::Pending => {
-                return refuse(format!("KEK {id} is not retired: rotate to another one first"));
-            }
-        }
+        may_destroy(&ring, id)?;
         let mut is_news = false;
         if let Some(k) = ring.kek_mut(id).filter(|k| k.state != KekState::Destroyed) {
             (k.state, k.destroyed) = (KekState::Destroyed, now());
@@ -168,7 +160,18 @@ impl Keys {
         if is_news {
             self.tell_kek(id, KekChange::Destroyed);
         }
+        for name in super::kept(b).unwrap_or_default() {
+            tracing::warn!(kek = %id, "the replaced keyring .envelopefs/{name} may still hold this KEK: remove it");
+        }
         Ok(())
+    }
+
+    /// Whether [`Keys::destroy`] would accept `id` now.
+    ///
+    /// # Errors
+    /// As [`Keys::destroy`], but for the backing directory's.
+    pub fn check_destroy(&self, id: KekId) -> Result<()> {
+        may_destroy(&self.to_change()?, id)
     }
 
     /// Removes the pending KEK `id` from the keyring. Nothing was ever wrapped under it.
@@ -438,4 +441,15 @@ pub(super) fn connect(connected: &mut Vec<Connected>, c: Connected) {
 
 fn state_of(ring: &Keyring, id: KekId) -> Result<KekState> {
     Ok(ring.kek(id).ok_or(Damage::KekUnknown(id))?.state)
+}
+
+/// Whether `id` is retired and proved unused, or destroyed already.
+pub fn may_destroy(ring: &Keyring, id: KekId) -> Result<()> {
+    let proved = ring.kek(id).is_some_and(|k| k.unused != 0);
+    match state_of(ring, id)? {
+        KekState::Destroyed => Ok(()),
+        KekState::Retired if proved => Ok(()),
+        KekState::Retired => refuse(format!("KEK {id} may still be needed: rotate to the end first")),
+        KekState::Active | KekState::Pending => refuse(format!("KEK {id} is not retired: rotate to another one first")),
+    }
 }

@@ -29,7 +29,8 @@ pub enum Found {
     Valid(Box<Decoded>),
 }
 
-fn is_absent(e: &io::Error) -> bool {
+/// Whether there is nothing.
+pub fn is_absent(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::NotFound
 }
 
@@ -46,7 +47,12 @@ pub fn folder<B: Backing>(b: &B) -> Result<B::Node> {
 
 /// Reads both copies. An error with one copy is part of the result: the other may be whole.
 pub fn load<B: Backing>(b: &B, folder: &B::Node) -> [Found; 2] {
-    COPIES.map(|name| match read(b, folder, name.as_bytes()) {
+    COPIES.map(|name| judge(read(b, folder, name.as_bytes())))
+}
+
+/// What [`read`] gave.
+pub fn judge(read: io::Result<Option<Vec<u8>>>) -> Found {
+    match read {
         Err(e) if is_absent(&e) => Found::Absent,
         Err(e) => Found::Unreadable(e),
         Ok(None) => Found::Damaged(Damage::KeyringUnreadable),
@@ -54,7 +60,7 @@ pub fn load<B: Backing>(b: &B, folder: &B::Node) -> [Found; 2] {
             Ok(d) => Found::Valid(Box::new(d)),
             Err(d) => Found::Damaged(d),
         },
-    })
+    }
 }
 
 /// The valid copies, the one with the higher generation first, a copy equal to it left out; and what is wrong with
@@ -94,7 +100,7 @@ pub fn candidates(found: [Found; 2]) -> Result<(Vec<Decoded>, Vec<BadCopy>)> {
 }
 
 /// The content of a file, or `None` if it is longer than a keyring can be.
-fn read<B: Backing>(b: &B, folder: &B::Node, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
+pub fn read<B: Backing>(b: &B, folder: &B::Node, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
     let file = b.open(&b.lookup(folder, name)?, Access::Read)?;
     let size = usize::try_from(b.stat_file(&file)?.size).unwrap_or(usize::MAX);
     if size > KEYRING_MAX {

@@ -2,6 +2,7 @@
 
 mod recovery;
 mod refresh;
+mod transfer;
 
 use super::*;
 use crate::backing::sim::{PowerCut, SimDisk};
@@ -280,12 +281,12 @@ fn the_life_of_a_kek() {
     keys.destroy(&disk, old).unwrap();
     keys.destroy(&disk, old).unwrap();
     assert!(raw(&disk).iter().all(|c| !holds(c, &wraps[0].bytes)), "gone from both copies");
-    assert!(matches!(keys.kek(old), Err(StoreError::Damage(Damage::KekDestroyed(id))) if id == old));
+    assert!(matches!(keys.kek(old), Err(StoreError::Damage(Damage::KekDestroyed(id, at))) if id == old && at > 0));
     refused(keys.activate(&disk, old));
 
     let again = open(&disk, &[&s]).unwrap();
     assert_eq!(again.snapshot(), keys.snapshot());
-    assert!(matches!(again.kek(old), Err(StoreError::Damage(Damage::KekDestroyed(_)))));
+    assert!(matches!(again.kek(old), Err(StoreError::Damage(Damage::KekDestroyed(..)))));
     assert!(matches!(keys.activate(&disk, KekId([3; 16])), Err(StoreError::Damage(Damage::KekUnknown(_)))));
 }
 

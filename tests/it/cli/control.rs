@@ -101,8 +101,13 @@ fn rotate_on_the_mount_moves_every_file_and_says_so() {
     let b = with_files(3);
     let report = "complete: 3 files moved to KEK ID\nverified: 3 headers under it in both slots, 0 files without a header\n\
                   retired KEK ID\n";
-    b.says("rotate mnt", 0, report, "");
-    b.says("rotate back", 0, report, "");
+    let advice = |at| {
+        format!(
+            "envelopefs: the keyring has changed: keep a copy outside of the store (envelopefs key export {at} FILE)\n"
+        )
+    };
+    b.says("rotate mnt", 0, report, &advice("mnt"));
+    b.says("rotate back", 0, report, &advice("back"));
     assert!(b.ok("status mnt").contains("rotation  last one complete: 3 files moved to KEK ID\n"));
     b.fails("rotate mnt --pause", 2, "no rotation of this store is under way; see --help");
     assert_eq!(fs::read_to_string(b.path("mnt/2")).unwrap(), "2");

@@ -3,6 +3,7 @@
 mod audit;
 mod control;
 mod json;
+mod keyring;
 mod lifecycle;
 mod lock;
 mod memory;

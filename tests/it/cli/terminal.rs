@@ -22,7 +22,15 @@ fn pty() -> (File, OwnedFd) {
 }
 
 /// Runs `command` on a terminal where each of `answers` is typed after a prompt. Returns what the terminal showed.
-pub fn on_terminal(mut command: Command, answers: &[&str]) -> (ExitStatus, String) {
+pub fn on_terminal(command: Command, answers: &[&str]) -> (ExitStatus, String) {
+    on_terminal_after(PASSPHRASE, command, answers)
+}
+
+/// How prompts for passphrases end.
+const PASSPHRASE: &str = ": ";
+
+/// The same for prompts that end with `prompt`, and that echo, if they are not for passphrases.
+pub fn on_terminal_after(prompt: &str, mut command: Command, answers: &[&str]) -> (ExitStatus, String) {
     let (mut ours, theirs) = pty();
     command.stdin(Stdio::from(theirs.try_clone().unwrap()));
     command.stdout(Stdio::from(theirs.try_clone().unwrap())).stderr(Stdio::from(theirs));
@@ -44,12 +52,13 @@ pub fn on_terminal(mut command: Command, answers: &[&str]) -> (ExitStatus, Strin
     // At the end of the last program on it, a terminal gives EIO.
     while let Ok(n @ 1..) = ours.read(&mut buf) {
         shown.push_str(&String::from_utf8_lossy(&buf[..n]));
-        if shown[seen..].ends_with(": ") {
+        if shown[seen..].ends_with(prompt) {
             seen = shown.len();
             if let Some(a) = answers.next() {
                 // Nobody types before the prompt has turned the echo off.
                 wait_for("the echo to be off", || {
-                    !rustix::termios::tcgetattr(&ours).unwrap().local_modes.contains(LocalModes::ECHO)
+                    prompt != PASSPHRASE
+                        || !rustix::termios::tcgetattr(&ours).unwrap().local_modes.contains(LocalModes::ECHO)
                 });
                 ours.write_all(format!("{a}\n").as_bytes()).unwrap();
             }

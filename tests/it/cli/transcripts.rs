@@ -211,7 +211,7 @@ fn rotate_a_store_that_is_not_mounted() {
         0,
         "complete: 0 files moved to KEK ID\nverified: 0 headers under it in both slots, 0 files without a header\n\
          retired KEK ID\n",
-        "",
+        "envelopefs: the keyring has changed: keep a copy outside of the store (envelopefs key export back FILE)\n",
     );
     let o = b.ok("rotate back --destroy-old");
     assert_eq!(o.matches("destroyed KEK ID\n").count(), 2, "{o}");

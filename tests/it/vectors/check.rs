@@ -65,7 +65,7 @@ fn header_vector(v: &Value) -> Result<Value, Damage> {
     let keks = v["keks"].as_array().unwrap();
     let kek = keks.iter().find(|k| array::<16>(&k["id"]) == slot.kek.0).ok_or(Damage::KekUnknown(slot.kek))?;
     if kek["state"] == "destroyed" {
-        return Err(Damage::KekDestroyed(slot.kek));
+        return Err(Damage::KekDestroyed(slot.kek, 0));
     }
     let key = kdf::derive(&secret(&kek["key"]), label::KEK_WRAP, slot.kek.as_bytes());
     let dek = GcmSiv::unwrap(&key, &slot.wrap_aad(), &slot.wrapped).map_err(|_| Damage::WrapAuth(slot.kek))?;

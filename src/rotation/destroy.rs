@@ -1,0 +1,148 @@
+//! Destroying one retired KEK, after a fresh proof that nothing needs it.
+//!
+//! That a rotation proved it unused says nothing of today: a file may have been restored from an old backup since. So
+//! both slots of every header are read from disk again, past the page cache, and a single one that names the KEK, or a
+//! single file that cannot be looked at, is reason to leave it be.
+
+use super::control::{Cancelled, Control};
+use super::pass::{Failures, Pass};
+use super::report::{Counts, Progress, State, Status};
+use super::run::Context;
+use super::turns::Turns;
+use super::verify::{Found, Verify};
+use crate::backing::Backing;
+use crate::format::damage::Damage;
+use crate::format::ids::KekId;
+use crate::format::keyring::KekState;
+use crate::store::{Result, StoreError};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+
+/// A KEK that was destroyed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Destroyed {
+    pub kek: KekId,
+    /// What the proof looked at; `None` if the KEK was destroyed already.
+    pub proof: Option<Counts>,
+}
+
+/// Scans every header, and destroys the retired KEK `kek` if none names it. What only it opens is lost then: old backups
+/// of files, unless there is a copy of the keyring from before. On one that is destroyed already, only makes sure that
+/// neither copy of the keyring holds its wrapped bytes.
+///
+/// No rotation may run meanwhile.
+///
+/// # Errors
+/// [`StoreError::ReadOnly`]; [`StoreError::KeyState`] if the KEK is not retired, was not proved unused by a rotation, is
+/// named by a header, a file could not be looked at, or the scan was cancelled. Nothing was changed then.
+pub fn destroy<B: Backing>(
+    ctx: &Context<'_, B>,
+    kek: KekId,
+    progress: &dyn Progress,
+    control: &Control,
+) -> Result<Destroyed> {
+    if ctx.shared.read_only {
+        return Err(StoreError::ReadOnly);
+    }
+    let (keys, b) = (&ctx.shared.keys, &ctx.shared.backing);
+    keys.check_destroy(kek)?;
+    let state = keys.snapshot().kek(kek).map(|k| k.state);
+    let proof = match state {
+        Some(KekState::Destroyed) => None,
+        _ => Some(prove_unused(ctx, kek, progress, control)?),
+    };
+    keys.destroy(b, kek)?;
+    Ok(Destroyed { kek, proof })
+}
+
+/// Looks at every header, and counts.
+fn prove_unused<B: Backing>(
+    ctx: &Context<'_, B>,
+    kek: KekId,
+    progress: &dyn Progress,
+    control: &Control,
+) -> Result<Counts> {
+    // What was moved to the active KEK a moment ago is to be on the disk before anything is believed that is read there.
+    ctx.shared.backing.sync_all()?;
+    let active = ctx.shared.keys.snapshot().active().map(|k| k.id).ok_or(Damage::KeyringUnreadable)?;
+    let failures = Failures::default();
+    let options = super::Options::default();
+    let turns = Turns::new(&options, control, &ctx.shared.load);
+    let verify = Verify {
+        shared: ctx.shared,
+        target: active,
+        unwanted: Some(kek),
+        turns: &turns,
+        failures: &failures,
+        found: Mutex::new(Found::default()),
+    };
+    let pass = Pass {
+        backing: &ctx.shared.backing,
+        moves: ctx.moves,
+        control,
+        failures: &failures,
+        workers: options.worker_count(),
+        gentle: true,
+    };
+    let began = Instant::now();
+    let end = pass.run(b"", &verify, &mut |_| {
+        let counts = verify.found.lock().counts;
+        progress.update(&status(kek, counts, control.is_paused(), began.elapsed().as_secs_f64()));
+    });
+    let found = verify.found.into_inner();
+    let why = match end {
+        Err(Cancelled) => Some("the scan was cancelled".to_owned()),
+        Ok(end) => refusal(&found, &failures, end.whole),
+    };
+    match why {
+        None => Ok(found.counts),
+        Some(why) => Err(StoreError::KeyState(format!("KEK {kek} was not destroyed: {why}"))),
+    }
+}
+
+/// Why a scan that came to its end is no proof; `None` if it is.
+fn refusal(found: &Found, failures: &Failures, whole: bool) -> Option<String> {
+    if found.unwanted > 0 {
+        let what = if found.unwanted == 1 { "header needs" } else { "headers need" };
+        let paths = listed(&found.unwanted_paths, found.unwanted);
+        return Some(format!("{} {what} it: {paths}; rotate to move them to the active KEK", found.unwanted));
+    }
+    let (first, total) = failures.take();
+    if total > 0 {
+        let paths: Vec<String> = first.iter().map(|f| format!("{} ({})", f.path, f.code)).collect();
+        let what = if total == 1 { "file" } else { "files" };
+        return Some(format!(
+            "{total} {what} could not be looked at: {}; look closer with check",
+            listed(&paths, total)
+        ));
+    }
+    (!whole).then(|| "files were moved faster than they could be looked at; try again".to_owned())
+}
+
+/// The first few of `total` paths.
+fn listed(paths: &[String], total: u64) -> String {
+    let shown: Vec<String> = paths.iter().take(PATHS_MAX).map(|p| p.escape_debug().to_string()).collect();
+    let more = total.saturating_sub(shown.len() as u64);
+    let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
+    shown.join(", ") + &tail
+}
+
+/// Most paths that a refusal names.
+pub(super) const PATHS_MAX: usize = 3;
+
+fn status(kek: KekId, counts: Counts, paused: bool, elapsed: f64) -> Status {
+    let rate = if elapsed > 0.0 { counts.scanned as f64 / elapsed } else { 0.0 };
+    Status {
+        state: State::Verifying,
+        paused,
+        waiting: false,
+        target: Some(kek),
+        pass: 1,
+        counts,
+        expected: None,
+        rate,
+        elapsed,
+        eta: None,
+    }
+}

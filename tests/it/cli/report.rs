@@ -55,7 +55,9 @@ fn a_report_of_a_mounted_store_is_written_and_verified_through_the_daemon() {
     b.chmod("r", 0o644);
     let said = "complete: 3 files moved to KEK ID\nverified: 3 headers under it in both slots, 0 files without a header\n\
                 retired KEK ID\nreport written to DIR/r\n";
-    b.says("rotate mnt --report r", 0, said, "");
+    let advice =
+        "envelopefs: the keyring has changed: keep a copy outside of the store (envelopefs key export mnt FILE)\n";
+    b.says("rotate mnt --report r", 0, said, advice);
     assert_eq!(fs::metadata(b.path("r")).unwrap().permissions().mode() & 0o777, 0o600);
     let r = report(&b, "r");
     assert_eq!(r, b.json("status mnt --json")["daemon"]["rotation"]["report"], "the same as everywhere else");

@@ -185,13 +185,47 @@ fn an_external_store_moves_through_all_services_which_fail_on_the_way() {
     });
 }
 
-/// One of each class of failure, injected once, as a program that opens a file sees it and as the log tells it.
+/// One failed open of a file under an external KEK of the service at `station`: `fail` brings the failure about, and the
+/// program sees `errno`, the log a line with `word`. After `mend` the file opens.
+#[track_caller]
+fn failing(site: &Site<'_>, station: usize, n: usize, fail: impl Fn(), mend: impl Fn(), errno: i32, word: &str) {
+    site.ok("mount back mnt --log-file DIR/log");
+    fs::write(site.b.path("log"), "").unwrap();
+    fail();
+    let e = fs::read(site.b.path(&format!("mnt/{n}"))).unwrap_err();
+    let log = fs::read_to_string(site.b.path("log")).unwrap();
+    let name = site.stations()[station].0;
+    assert_eq!(e.raw_os_error(), Some(errno), "{name}, {word}: {e}: {log}");
+    assert!(log.lines().any(|l| l.contains(word)), "{name}, {word}: {log}");
+    // Names and attributes go on all the while.
+    assert!(fs::read_dir(site.b.path("mnt")).unwrap().all(|f| f.unwrap().metadata().is_ok()));
+    mend();
+    site.ok("unmount mnt");
+    site.ok("mount back mnt --log-file DIR/log");
+    assert_eq!(fs::read_to_string(site.b.path(&format!("mnt/{n}"))).unwrap(), format!("content {n}"));
+    site.ok("unmount mnt");
+}
+
+/// A store with a few files under an external KEK of the service at `station`.
+fn external(site: &Site<'_>, station: usize) {
+    let _ = fs::remove_dir_all(site.b.path("back"));
+    site.ok(&format!("init back --kek external --key {}", site.stations()[station].1));
+    site.ok("mount back mnt --log-file DIR/log");
+    site.write(8);
+    site.ok("unmount mnt");
+}
+
+/// One of each class of failure, as a program that opens a file sees it and as the log tells it: injected into the
+/// stand-ins for AWS and Google, brought about in OpenBao and on the token.
 #[test]
 fn each_class_of_failure_has_its_errno_and_its_line_in_the_log() {
     softhsm::alone(module_path!(), "each_class_of_failure_has_its_errno_and_its_line_in_the_log", |hsm| {
         // One attempt, so that one injected failure is one failed open.
         let site = Site::new(hsm, "[services.limits]\nattempts = 1\n");
-        let cases = [
+        let nothing = || ();
+
+        external(&site, 0);
+        for (n, (code, status, errno, word)) in [
             ("ThrottlingException", 400, libc::ENOKEY, "throttles"),
             ("KMSInternalException", 500, libc::ENOKEY, "unreachable"),
             ("AccessDeniedException", 400, libc::EKEYREJECTED, "denied"),
@@ -199,25 +233,74 @@ fn each_class_of_failure_has_its_errno_and_its_line_in_the_log() {
             ("NotFoundException", 400, libc::ENOKEY, "not found"),
             ("InvalidCiphertextException", 400, libc::EIO, "wrap-auth"),
             ("ExpiredTokenException", 400, libc::ENOKEY, "credentials"),
-        ];
-        site.ok(&format!("init back --kek external --key {}", site.stations()[0].1));
-        site.ok("mount back mnt --log-file DIR/log");
-        site.write(cases.len());
-        site.ok("unmount mnt");
-        for (n, (code, status, errno, word)) in cases.into_iter().enumerate() {
-            site.ok("mount back mnt --log-file DIR/log");
-            fs::write(site.b.path("log"), "").unwrap();
-            site.aws.fault(json!({"op": "Decrypt", "count": 1, "code": code, "status": status, "message": "injected"}));
-            let e = fs::read(site.b.path(&format!("mnt/{n}"))).unwrap_err();
-            assert_eq!(e.raw_os_error(), Some(errno), "{code}: {e}");
-            let log = fs::read_to_string(site.b.path("log")).unwrap();
-            assert!(log.lines().any(|l| l.contains(word)), "{code}: {log}");
-            // Names and attributes went on all the while, and so does all else.
-            assert_eq!(fs::read_dir(site.b.path("mnt")).unwrap().count(), cases.len());
-            site.ok("unmount mnt");
-            site.ok("mount back mnt --log-file DIR/log");
-            site.read(cases.len());
-            site.ok("unmount mnt");
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let fault = json!({"op": "Decrypt", "count": 1, "code": code, "status": status, "message": "injected"});
+            failing(&site, 0, n, || site.aws.fault(fault.clone()), nothing, errno, word);
         }
+
+        external(&site, 3);
+        let disabled = "key version is not enabled, current state is: DISABLED.";
+        for (n, (status, count, message, errno, word)) in [
+            (429, 1, "injected", libc::ENOKEY, "throttles"),
+            (503, 1, "injected", libc::ENOKEY, "unreachable"),
+            (403, 1, "injected", libc::EKEYREJECTED, "denied"),
+            (400, 1, disabled, libc::EKEYREVOKED, "disabled"),
+            (404, 1, "injected", libc::ENOKEY, "not found"),
+            (400, 1, "Decryption failed: verify that 'name' refers to the correct CryptoKey.", libc::EIO, "wrap-auth"),
+            // Where there is a token to renew, it tries once more.
+            (401, 2, "injected", libc::ENOKEY, "credentials"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let code = if message == disabled { "FAILED_PRECONDITION" } else { "" };
+            let mut fault = json!({"op": "decrypt", "count": count, "status": status, "message": message});
+            if !code.is_empty() {
+                fault["code"] = code.into();
+            }
+            failing(&site, 3, n, || site.gcp.fault(fault.clone()), || site.gcp.reset(), errno, word);
+        }
+
+        external(&site, 1);
+        let admin = |method: &str, path: &str, body: serde_json::Value| drop(site.bao.ok(method, path, &body));
+        let soft = |path: &str| admin(if path.ends_with("restore") { "POST" } else { "DELETE" }, path, json!({}));
+        let quota = "sys/quotas/rate-limit/q";
+        failing(
+            &site,
+            1,
+            0,
+            || soft("transit/keys/k/soft-delete"),
+            || soft("transit/keys/k/soft-delete-restore"),
+            libc::EKEYREVOKED,
+            "disabled",
+        );
+        failing(
+            &site,
+            1,
+            1,
+            || {
+                admin("POST", quota, json!({"rate": 1, "interval": "600s", "path": "transit"}));
+                // Whatever is left of it.
+                while site.bao.api("GET", "transit/keys/k", &json!({})).0 != 429 {}
+            },
+            || admin("DELETE", quota, json!({})),
+            libc::ENOKEY,
+            "throttles",
+        );
+
+        external(&site, 2);
+        let away = site.hsm.path("away");
+        failing(
+            &site,
+            2,
+            0,
+            || fs::rename(site.hsm.tokens(), &away).unwrap(),
+            || fs::rename(&away, site.hsm.tokens()).unwrap(),
+            libc::ENOKEY,
+            "unreachable",
+        );
     });
 }

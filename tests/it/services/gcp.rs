@@ -78,11 +78,13 @@ impl Fake {
         self.ask("PATCH", &path, &json!({"state": state}));
     }
 
-    fn fault(&self, fault: Value) {
+    /// Lets the next calls fail.
+    pub fn fault(&self, fault: Value) {
         self.ask("POST", "/__fault", &fault);
     }
 
-    fn reset(&self) {
+    /// Forgets faults and counts.
+    pub fn reset(&self) {
         self.ask("POST", "/__reset", &Value::Null);
     }
 

@@ -62,6 +62,20 @@ pub struct Counts {
     pub failed: u64,
 }
 
+impl Counts {
+    /// Each count with its name, as in `rotate --json`.
+    pub fn named(&self) -> [(&'static str, u64); 6] {
+        [
+            ("scanned", self.scanned),
+            ("rewrapped", self.rewrapped),
+            ("current", self.current),
+            ("empty", self.empty),
+            ("vanished", self.vanished),
+            ("failed", self.failed),
+        ]
+    }
+}
+
 impl std::ops::AddAssign for Counts {
     fn add_assign(&mut self, o: Self) {
         self.scanned += o.scanned;

@@ -349,16 +349,8 @@ impl<'a, B: Backing> Run<'a, B> {
 
     /// Tells the keys' observer how far the run is, with what its sweeps have done so far.
     fn tell(&self, step: &str, result: std::result::Result<(), &str>) {
-        let c = &self.swept;
-        let counts = [
-            ("scanned", c.scanned),
-            ("rewrapped", c.rewrapped),
-            ("current", c.current),
-            ("empty", c.empty),
-            ("vanished", c.vanished),
-            ("failed", c.failed),
-            ("failures_total", self.failures_total),
-        ];
+        let mut counts = self.swept.named().to_vec();
+        counts.push(("failures_total", self.failures_total));
         let target = self.target.map(|k| k.0);
         self.ctx.shared.keys.tell(&Change::Rotation { target, step, counts: &counts, result });
     }

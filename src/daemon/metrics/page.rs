@@ -109,15 +109,7 @@ fn rotation(t: &mut Text, r: Option<&RotationState>) {
     let Some(s) = status else { return };
     let name = "envelopefs_rotation_pass_files";
     t.family(name, Kind::Gauge, "Files of the rotation's present pass, by what was done with them.");
-    let c = &s.counts;
-    for (what, n) in [
-        ("scanned", c.scanned),
-        ("rewrapped", c.rewrapped),
-        ("current", c.current),
-        ("empty", c.empty),
-        ("vanished", c.vanished),
-        ("failed", c.failed),
-    ] {
+    for (what, n) in s.counts.named() {
         t.sample(name, &[("done", what)], n);
     }
     if let Some(expected) = s.expected {

@@ -218,19 +218,6 @@ mod tests {
 
     const KEY: &str = "arn:aws:kms:eu-west-1:1:key/k";
 
-    fn class(e: &KmsError) -> &'static str {
-        match e {
-            KmsError::Unreachable(_) => "unreachable",
-            KmsError::Throttled(_) => "throttled",
-            KmsError::Denied(_) => "denied",
-            KmsError::Disabled(_) => "disabled",
-            KmsError::NotFound(_) => "not found",
-            KmsError::BadCiphertext(_) => "bad ciphertext",
-            KmsError::Credentials(_) => "credentials",
-            KmsError::Config(_) => "config",
-        }
-    }
-
     fn means(f: &Failure) -> KmsError {
         classify(f, Action::Decrypt, KEY)
     }
@@ -243,48 +230,48 @@ mod tests {
             message: "the service's words".into(),
         };
         for (code, status, expected) in [
-            ("ThrottlingException", 400, "throttled"),
-            ("LimitExceededException", 400, "throttled"),
-            ("AccessDeniedException", 400, "denied"),
-            ("UnrecognizedClientException", 400, "credentials"),
-            ("ExpiredTokenException", 400, "credentials"),
-            ("InvalidSignatureException", 400, "credentials"),
-            ("InvalidClientTokenId", 403, "credentials"),
-            ("RequestTimeTooSkewed", 403, "credentials"),
-            ("DisabledException", 400, "disabled"),
-            ("KMSInvalidStateException", 400, "disabled"),
-            ("NotFoundException", 400, "not found"),
-            ("InvalidCiphertextException", 400, "bad ciphertext"),
-            ("IncorrectKeyException", 400, "bad ciphertext"),
-            ("KMSInternalException", 500, "unreachable"),
-            ("DependencyTimeoutException", 503, "unreachable"),
-            ("KeyUnavailableException", 500, "unreachable"),
+            ("ThrottlingException", 400, "kms-throttled"),
+            ("LimitExceededException", 400, "kms-throttled"),
+            ("AccessDeniedException", 400, "kms-denied"),
+            ("UnrecognizedClientException", 400, "kms-credentials"),
+            ("ExpiredTokenException", 400, "kms-credentials"),
+            ("InvalidSignatureException", 400, "kms-credentials"),
+            ("InvalidClientTokenId", 403, "kms-credentials"),
+            ("RequestTimeTooSkewed", 403, "kms-credentials"),
+            ("DisabledException", 400, "kms-disabled"),
+            ("KMSInvalidStateException", 400, "kms-disabled"),
+            ("NotFoundException", 400, "kms-not-found"),
+            ("InvalidCiphertextException", 400, "kms-bad-ciphertext"),
+            ("IncorrectKeyException", 400, "kms-bad-ciphertext"),
+            ("KMSInternalException", 500, "kms-unreachable"),
+            ("DependencyTimeoutException", 503, "kms-unreachable"),
+            ("KeyUnavailableException", 500, "kms-unreachable"),
             // The code counts, not the status.
-            ("KMSInternalException", 400, "unreachable"),
-            ("ThrottlingException", 500, "throttled"),
-            ("ValidationException", 400, "config"),
-            ("InvalidKeyUsageException", 400, "config"),
-            ("SomethingNewException", 500, "config"),
+            ("KMSInternalException", 400, "kms-unreachable"),
+            ("ThrottlingException", 500, "kms-throttled"),
+            ("ValidationException", 400, "kms-config"),
+            ("InvalidKeyUsageException", 400, "kms-config"),
+            ("SomethingNewException", 500, "kms-config"),
             // A proxy's answer has no code.
-            ("", 502, "unreachable"),
-            ("", 429, "throttled"),
-            ("", 404, "config"),
+            ("", 502, "kms-unreachable"),
+            ("", 429, "kms-throttled"),
+            ("", 404, "kms-config"),
         ] {
             let e = means(&answer(code, status));
-            assert_eq!(class(&e), expected, "{code} {status}");
+            assert_eq!(e.code(), expected, "{code} {status}");
             let said = e.to_string();
             for part in [code, KEY, "Decrypt", "the service's words"] {
                 assert!(said.contains(part), "{code}: {said}");
             }
         }
         for (f, expected) in [
-            (Failure::TimedOut("read timeout after 2s".into()), "unreachable"),
-            (Failure::Broken("connection refused".into()), "unreachable"),
-            (Failure::Credentials { network: true, text: "STS timed out".into() }, "unreachable"),
-            (Failure::Credentials { network: false, text: "none".into() }, "credentials"),
-            (Failure::Request("no such thing".into()), "config"),
+            (Failure::TimedOut("read timeout after 2s".into()), "kms-unreachable"),
+            (Failure::Broken("connection refused".into()), "kms-unreachable"),
+            (Failure::Credentials { network: true, text: "STS timed out".into() }, "kms-unreachable"),
+            (Failure::Credentials { network: false, text: "none".into() }, "kms-credentials"),
+            (Failure::Request("no such thing".into()), "kms-config"),
         ] {
-            assert_eq!(class(&means(&f)), expected, "{f:?}");
+            assert_eq!(means(&f).code(), expected, "{f:?}");
         }
     }
 
@@ -308,17 +295,17 @@ mod tests {
     #[test]
     fn every_key_state_has_its_class() {
         for (state, expected) in [
-            ("Disabled", "disabled"),
-            ("PendingDeletion", "disabled"),
-            ("PendingReplicaDeletion", "disabled"),
-            ("PendingImport", "disabled"),
-            ("Unavailable", "unreachable"),
-            ("Creating", "unreachable"),
-            ("Updating", "unreachable"),
-            ("SomethingNew", "disabled"),
+            ("Disabled", "kms-disabled"),
+            ("PendingDeletion", "kms-disabled"),
+            ("PendingReplicaDeletion", "kms-disabled"),
+            ("PendingImport", "kms-disabled"),
+            ("Unavailable", "kms-unreachable"),
+            ("Creating", "kms-unreachable"),
+            ("Updating", "kms-unreachable"),
+            ("SomethingNew", "kms-disabled"),
         ] {
             let e = check_state(state, KEY, Some("2026-12-01T00:00:00Z")).unwrap_err();
-            assert_eq!(class(&e), expected, "{state}");
+            assert_eq!(e.code(), expected, "{state}");
             assert!(e.to_string().contains(KEY));
         }
         assert_eq!(check_state("Enabled", KEY, None), Ok(()));

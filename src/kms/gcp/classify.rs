@@ -216,19 +216,6 @@ mod tests {
     const KEY: &str = "gcp-kms://projects/p/locations/l/keyRings/r/cryptoKeys/k";
     const NAME: &str = "projects/p/locations/l/keyRings/r/cryptoKeys/k";
 
-    fn class(e: &KmsError) -> &'static str {
-        match e {
-            KmsError::Unreachable(_) => "unreachable",
-            KmsError::Throttled(_) => "throttled",
-            KmsError::Denied(_) => "denied",
-            KmsError::Disabled(_) => "disabled",
-            KmsError::NotFound(_) => "not found",
-            KmsError::BadCiphertext(_) => "bad ciphertext",
-            KmsError::Credentials(_) => "credentials",
-            KmsError::Config(_) => "config",
-        }
-    }
-
     /// Every error class, from every form an error comes in.
     #[test]
     fn every_failure_has_its_class_and_names_the_key() {
@@ -245,52 +232,52 @@ mod tests {
         let failed = "Decryption failed: verify that 'name' refers to the correct CryptoKey.";
         let crc = "The checksum in field plaintext_crc32c did not match the data in field plaintext.";
         let table = [
-            (service(Code::ResourceExhausted, "Quota exceeded"), Call::Encrypt, "throttled"),
-            (service(Code::PermissionDenied, "Permission denied"), old, "denied"),
-            (service(Code::Unauthenticated, "invalid credentials"), old, "credentials"),
-            (service(Code::NotFound, "CryptoKey not found"), Call::Get, "not found"),
-            (service(Code::InvalidArgument, failed), old, "bad ciphertext"),
-            (service(Code::InvalidArgument, "ciphertext is malformed"), old, "bad ciphertext"),
-            (service(Code::InvalidArgument, failed), Call::Encrypt, "config"),
-            (service(Code::InvalidArgument, "name is malformed"), old, "config"),
-            (service(Code::InvalidArgument, crc), Call::Encrypt, "unreachable"),
-            (service(Code::InvalidArgument, "ciphertext_crc32c does not match"), old, "unreachable"),
-            (state("DISABLED"), old, "disabled"),
-            (state("DISABLED"), Call::Encrypt, "disabled"),
-            (state("DESTROY_SCHEDULED"), old, "disabled"),
-            (state("DESTROY_SCHEDULED"), Call::Encrypt, "disabled"),
-            (state("DESTROYED"), old, "not found"),
-            (state("DESTROYED"), Call::Encrypt, "disabled"),
-            (state("PENDING_GENERATION"), Call::Encrypt, "unreachable"),
-            (state("IMPORT_FAILED"), Call::Encrypt, "disabled"),
-            (service(Code::FailedPrecondition, "no primary version"), Call::Encrypt, "disabled"),
-            (service(Code::Unavailable, "try again"), old, "unreachable"),
-            (service(Code::Internal, "oops"), old, "unreachable"),
-            (service(Code::DeadlineExceeded, "late"), old, "unreachable"),
-            (service(Code::Aborted, "oops"), old, "unreachable"),
-            (service(Code::Cancelled, "oops"), old, "unreachable"),
-            (service(Code::Unknown, "oops"), old, "unreachable"),
-            (service(Code::DataLoss, "oops"), old, "unreachable"),
-            (service(Code::Unimplemented, "no such method"), old, "config"),
-            (http(429), old, "throttled"),
-            (http(401), old, "credentials"),
-            (http(403), old, "denied"),
-            (http(408), old, "unreachable"),
-            (http(500), old, "unreachable"),
-            (http(503), old, "unreachable"),
-            (http(404), old, "config"),
-            (http(307), old, "config"),
-            (http(407), old, "config"),
-            (Error::timeout(io()), old, "unreachable"),
-            (Error::connect(io()), old, "unreachable"),
-            (Error::io(io()), old, "unreachable"),
-            (Error::deser(io()), old, "unreachable"),
-            (Error::ser(io()), old, "config"),
+            (service(Code::ResourceExhausted, "Quota exceeded"), Call::Encrypt, "kms-throttled"),
+            (service(Code::PermissionDenied, "Permission denied"), old, "kms-denied"),
+            (service(Code::Unauthenticated, "invalid credentials"), old, "kms-credentials"),
+            (service(Code::NotFound, "CryptoKey not found"), Call::Get, "kms-not-found"),
+            (service(Code::InvalidArgument, failed), old, "kms-bad-ciphertext"),
+            (service(Code::InvalidArgument, "ciphertext is malformed"), old, "kms-bad-ciphertext"),
+            (service(Code::InvalidArgument, failed), Call::Encrypt, "kms-config"),
+            (service(Code::InvalidArgument, "name is malformed"), old, "kms-config"),
+            (service(Code::InvalidArgument, crc), Call::Encrypt, "kms-unreachable"),
+            (service(Code::InvalidArgument, "ciphertext_crc32c does not match"), old, "kms-unreachable"),
+            (state("DISABLED"), old, "kms-disabled"),
+            (state("DISABLED"), Call::Encrypt, "kms-disabled"),
+            (state("DESTROY_SCHEDULED"), old, "kms-disabled"),
+            (state("DESTROY_SCHEDULED"), Call::Encrypt, "kms-disabled"),
+            (state("DESTROYED"), old, "kms-not-found"),
+            (state("DESTROYED"), Call::Encrypt, "kms-disabled"),
+            (state("PENDING_GENERATION"), Call::Encrypt, "kms-unreachable"),
+            (state("IMPORT_FAILED"), Call::Encrypt, "kms-disabled"),
+            (service(Code::FailedPrecondition, "no primary version"), Call::Encrypt, "kms-disabled"),
+            (service(Code::Unavailable, "try again"), old, "kms-unreachable"),
+            (service(Code::Internal, "oops"), old, "kms-unreachable"),
+            (service(Code::DeadlineExceeded, "late"), old, "kms-unreachable"),
+            (service(Code::Aborted, "oops"), old, "kms-unreachable"),
+            (service(Code::Cancelled, "oops"), old, "kms-unreachable"),
+            (service(Code::Unknown, "oops"), old, "kms-unreachable"),
+            (service(Code::DataLoss, "oops"), old, "kms-unreachable"),
+            (service(Code::Unimplemented, "no such method"), old, "kms-config"),
+            (http(429), old, "kms-throttled"),
+            (http(401), old, "kms-credentials"),
+            (http(403), old, "kms-denied"),
+            (http(408), old, "kms-unreachable"),
+            (http(500), old, "kms-unreachable"),
+            (http(503), old, "kms-unreachable"),
+            (http(404), old, "kms-config"),
+            (http(307), old, "kms-config"),
+            (http(407), old, "kms-config"),
+            (Error::timeout(io()), old, "kms-unreachable"),
+            (Error::connect(io()), old, "kms-unreachable"),
+            (Error::io(io()), old, "kms-unreachable"),
+            (Error::deser(io()), old, "kms-unreachable"),
+            (Error::ser(io()), old, "kms-config"),
         ];
         for (e, call, want) in table {
             let got = failure(&e, call, KEY);
             let text = got.to_string();
-            assert_eq!(class(&got), want, "{e:?} -> {text}");
+            assert_eq!(got.code(), want, "{e:?} -> {text}");
             assert!(text.contains(KEY) && !text.contains('\n'), "{text}");
         }
     }
@@ -315,10 +302,10 @@ mod tests {
 
     #[test]
     fn a_missing_token_is_told_from_one_that_may_come() {
-        let of = |transient, unproven| class(&no_token("why", transient, unproven, KEY));
-        assert_eq!(of(true, false), "unreachable");
-        assert_eq!(of(false, false), "credentials");
-        assert_eq!((of(true, true), of(false, true)), ("credentials", "credentials"));
+        let of = |transient, unproven| no_token("why", transient, unproven, KEY).code();
+        assert_eq!(of(true, false), "kms-unreachable");
+        assert_eq!(of(false, false), "kms-credentials");
+        assert_eq!((of(true, true), of(false, true)), ("kms-credentials", "kms-credentials"));
         let e = no_token("why", true, true, KEY).to_string();
         assert!(e.contains("GOOGLE_APPLICATION_CREDENTIALS") && e.contains("gcloud auth"), "{e}");
     }
@@ -330,27 +317,27 @@ mod tests {
             let primary = CryptoKeyVersion::new().set_name(version(4)).set_state(state);
             CryptoKey::new().set_name(NAME).set_purpose(Purpose::EncryptDecrypt).set_primary(primary)
         };
-        let class_of = |k: &CryptoKey| usable(k, NAME, KEY).map_err(|e| class(&e));
+        let class_of = |k: &CryptoKey| usable(k, NAME, KEY).map_err(|e| e.code());
         assert_eq!(class_of(&key(State::Enabled)), Ok(4));
         for (state, want) in [
-            (State::Disabled, "disabled"),
-            (State::Destroyed, "disabled"),
-            (State::DestroyScheduled, "disabled"),
-            (State::ImportFailed, "disabled"),
-            (State::GenerationFailed, "disabled"),
-            (State::Unspecified, "disabled"),
-            (State::from(99), "disabled"),
-            (State::PendingGeneration, "unreachable"),
-            (State::PendingImport, "unreachable"),
+            (State::Disabled, "kms-disabled"),
+            (State::Destroyed, "kms-disabled"),
+            (State::DestroyScheduled, "kms-disabled"),
+            (State::ImportFailed, "kms-disabled"),
+            (State::GenerationFailed, "kms-disabled"),
+            (State::Unspecified, "kms-disabled"),
+            (State::from(99), "kms-disabled"),
+            (State::PendingGeneration, "kms-unreachable"),
+            (State::PendingImport, "kms-unreachable"),
         ] {
             assert_eq!(class_of(&key(state.clone())), Err(want), "{state:?}");
         }
         let good = || key(State::Enabled);
-        assert_eq!(class_of(&good().set_name("projects/p/locations/l/keyRings/r/cryptoKeys/k2")), Err("config"));
-        assert_eq!(class_of(&good().set_purpose(Purpose::AsymmetricSign)), Err("config"));
-        assert_eq!(class_of(&good().set_or_clear_primary(None::<CryptoKeyVersion>)), Err("disabled"));
+        assert_eq!(class_of(&good().set_name("projects/p/locations/l/keyRings/r/cryptoKeys/k2")), Err("kms-config"));
+        assert_eq!(class_of(&good().set_purpose(Purpose::AsymmetricSign)), Err("kms-config"));
+        assert_eq!(class_of(&good().set_or_clear_primary(None::<CryptoKeyVersion>)), Err("kms-disabled"));
         let foreign = CryptoKeyVersion::new().set_name("x/cryptoKeyVersions/4").set_state(State::Enabled);
-        assert_eq!(class_of(&good().set_primary(foreign)), Err("config"));
+        assert_eq!(class_of(&good().set_primary(foreign)), Err("kms-config"));
     }
 
     #[test]

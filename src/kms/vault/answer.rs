@@ -218,16 +218,7 @@ mod tests {
     fn class(e: &KmsError) -> &'static str {
         let text = e.to_string();
         assert!(text.contains("https://v") && !text.chars().any(char::is_control), "{text:?}");
-        match e {
-            KmsError::Unreachable(_) => "unreachable",
-            KmsError::Throttled(_) => "throttled",
-            KmsError::Denied(_) => "denied",
-            KmsError::Disabled(_) => "disabled",
-            KmsError::NotFound(_) => "not found",
-            KmsError::BadCiphertext(_) => "bad ciphertext",
-            KmsError::Credentials(_) => "credentials",
-            KmsError::Config(_) => "config",
-        }
+        e.code()
     }
 
     fn verdict(v: &Verdict) -> &'static str {
@@ -245,32 +236,37 @@ mod tests {
             (204, "", "done", ""),
             (403, "permission denied", "forbidden", ""),
             (403, "2 errors occurred: * permission denied * invalid token", "forbidden", ""),
-            (429, "request path \"t/keys/k\": rate limit quota exceeded", "throttled", "quota"),
-            (503, "Vault is sealed", "unreachable", "sealed; unseal"),
-            (503, "", "unreachable", "503"),
-            (500, "internal error", "unreachable", "internal error"),
-            (500, "cipher: message authentication failed", "bad ciphertext", ""),
-            (502, "", "unreachable", "502"),
-            (472, "", "unreachable", "standby"),
-            (473, "", "unreachable", "standby"),
-            (412, "required index state not present", "unreachable", ""),
-            (307, "", "unreachable", "active node"),
-            (302, "", "unreachable", "active node"),
-            (404, "", "not found", "derived=true"),
-            (404, "no handler for route \"t/keys/k\". route entry not found.", "not found", "mount"),
-            (404, "namespace not found", "not found", "namespace"),
-            (400, "encryption key not found", "not found", "derived=true"),
-            (400, "refusing to use soft-deleted key", "disabled", "soft-delete-restore"),
-            (400, "ciphertext or signature version is disallowed by policy (too old)", "not found", "min_decryption"),
-            (400, "cipher: message authentication failed", "bad ciphertext", ""),
-            (400, "chacha20poly1305: message authentication failed", "bad ciphertext", ""),
-            (400, "invalid ciphertext length", "bad ciphertext", ""),
-            (400, "invalid ciphertext: version is too new", "bad ciphertext", ""),
-            (400, "invalid ciphertext: no prefix", "bad ciphertext", ""),
-            (400, "Client sent an HTTP request to an HTTPS server.", "config", "HTTPS"),
-            (400, "", "config", "no reason"),
-            (405, "unsupported operation", "config", "unsupported"),
-            (418, "", "config", "418"),
+            (429, "request path \"t/keys/k\": rate limit quota exceeded", "kms-throttled", "quota"),
+            (503, "Vault is sealed", "kms-unreachable", "sealed; unseal"),
+            (503, "", "kms-unreachable", "503"),
+            (500, "internal error", "kms-unreachable", "internal error"),
+            (500, "cipher: message authentication failed", "kms-bad-ciphertext", ""),
+            (502, "", "kms-unreachable", "502"),
+            (472, "", "kms-unreachable", "standby"),
+            (473, "", "kms-unreachable", "standby"),
+            (412, "required index state not present", "kms-unreachable", ""),
+            (307, "", "kms-unreachable", "active node"),
+            (302, "", "kms-unreachable", "active node"),
+            (404, "", "kms-not-found", "derived=true"),
+            (404, "no handler for route \"t/keys/k\". route entry not found.", "kms-not-found", "mount"),
+            (404, "namespace not found", "kms-not-found", "namespace"),
+            (400, "encryption key not found", "kms-not-found", "derived=true"),
+            (400, "refusing to use soft-deleted key", "kms-disabled", "soft-delete-restore"),
+            (
+                400,
+                "ciphertext or signature version is disallowed by policy (too old)",
+                "kms-not-found",
+                "min_decryption",
+            ),
+            (400, "cipher: message authentication failed", "kms-bad-ciphertext", ""),
+            (400, "chacha20poly1305: message authentication failed", "kms-bad-ciphertext", ""),
+            (400, "invalid ciphertext length", "kms-bad-ciphertext", ""),
+            (400, "invalid ciphertext: version is too new", "kms-bad-ciphertext", ""),
+            (400, "invalid ciphertext: no prefix", "kms-bad-ciphertext", ""),
+            (400, "Client sent an HTTP request to an HTTPS server.", "kms-config", "HTTPS"),
+            (400, "", "kms-config", "no reason"),
+            (405, "unsupported operation", "kms-config", "unsupported"),
+            (418, "", "kms-config", "418"),
         ] {
             let v = judge(status, text, &place());
             assert_eq!(verdict(&v), expected, "{status} {text}");
@@ -284,15 +280,15 @@ mod tests {
     fn answers_to_a_login() {
         for (status, text, expected) in [
             (200, "", "done"),
-            (400, "invalid role or secret ID", "credentials"),
-            (403, "permission denied", "credentials"),
-            (401, "", "credentials"),
-            (404, "no handler for route", "config"),
-            (429, "", "throttled"),
-            (503, "Vault is sealed", "unreachable"),
-            (500, "", "unreachable"),
-            (307, "", "unreachable"),
-            (418, "", "config"),
+            (400, "invalid role or secret ID", "kms-credentials"),
+            (403, "permission denied", "kms-credentials"),
+            (401, "", "kms-credentials"),
+            (404, "no handler for route", "kms-config"),
+            (429, "", "kms-throttled"),
+            (503, "Vault is sealed", "kms-unreachable"),
+            (500, "", "kms-unreachable"),
+            (307, "", "kms-unreachable"),
+            (418, "", "kms-config"),
         ] {
             let e = login_failure(status, text, "auth/approle/login", &place());
             assert_eq!(e.as_ref().map_or("done", class), expected, "{status} {text}");
@@ -316,7 +312,7 @@ mod tests {
     #[test]
     fn a_denial_shows_the_policy_that_is_missing() {
         let e = denied("GET", "t/keys/k", &place());
-        assert_eq!(class(&e), "denied");
+        assert_eq!(class(&e), "kms-denied");
         assert!(e.to_string().ends_with("path \"t/keys/k\" { capabilities = [\"read\"] }"), "{e}");
         assert!(denied("POST", "t/decrypt/k", &place()).to_string().contains("[\"update\"]"));
     }
@@ -329,23 +325,23 @@ mod tests {
         let io = |kind: io::ErrorKind| ureq::Error::Io(kind.into());
         let tls = |e: Error| ureq::Error::Io(io::Error::new(io::ErrorKind::InvalidData, e));
         for (e, expected, advice) in [
-            (ureq::Error::Timeout(ureq::Timeout::Global), "unreachable", "in time"),
-            (io(io::ErrorKind::ConnectionRefused), "unreachable", "up"),
-            (io(io::ErrorKind::ConnectionReset), "unreachable", ""),
-            (io(io::ErrorKind::UnexpectedEof), "unreachable", ""),
-            (ureq::Error::HostNotFound, "unreachable", "resolve"),
-            (ureq::Error::ConnectionFailed, "unreachable", ""),
-            (ureq::Error::TooManyRedirects, "unreachable", ""),
-            (ureq::Error::Tls("invalid name"), "config", ""),
-            (ureq::Error::Rustls(Error::General("no roots".into())), "config", "ca_file"),
-            (tls(Error::InvalidCertificate(Bad::UnknownIssuer)), "config", "ca_file"),
-            (tls(Error::InvalidCertificate(Bad::BadSignature)), "config", "ca_file"),
-            (tls(Error::InvalidCertificate(Bad::NotValidForName)), "config", "name"),
-            (tls(Error::InvalidCertificate(Bad::Expired)), "unreachable", "clock"),
-            (tls(Error::AlertReceived(Alert::CertificateRequired)), "credentials", "tls-cert"),
-            (tls(Error::AlertReceived(Alert::UnknownCA)), "credentials", "tls-cert"),
-            (tls(Error::AlertReceived(Alert::InternalError)), "unreachable", ""),
-            (tls(Error::DecryptError), "unreachable", ""),
+            (ureq::Error::Timeout(ureq::Timeout::Global), "kms-unreachable", "in time"),
+            (io(io::ErrorKind::ConnectionRefused), "kms-unreachable", "up"),
+            (io(io::ErrorKind::ConnectionReset), "kms-unreachable", ""),
+            (io(io::ErrorKind::UnexpectedEof), "kms-unreachable", ""),
+            (ureq::Error::HostNotFound, "kms-unreachable", "resolve"),
+            (ureq::Error::ConnectionFailed, "kms-unreachable", ""),
+            (ureq::Error::TooManyRedirects, "kms-unreachable", ""),
+            (ureq::Error::Tls("invalid name"), "kms-config", ""),
+            (ureq::Error::Rustls(Error::General("no roots".into())), "kms-config", "ca_file"),
+            (tls(Error::InvalidCertificate(Bad::UnknownIssuer)), "kms-config", "ca_file"),
+            (tls(Error::InvalidCertificate(Bad::BadSignature)), "kms-config", "ca_file"),
+            (tls(Error::InvalidCertificate(Bad::NotValidForName)), "kms-config", "name"),
+            (tls(Error::InvalidCertificate(Bad::Expired)), "kms-unreachable", "clock"),
+            (tls(Error::AlertReceived(Alert::CertificateRequired)), "kms-credentials", "tls-cert"),
+            (tls(Error::AlertReceived(Alert::UnknownCA)), "kms-credentials", "tls-cert"),
+            (tls(Error::AlertReceived(Alert::InternalError)), "kms-unreachable", ""),
+            (tls(Error::DecryptError), "kms-unreachable", ""),
         ] {
             let got = transport(&e, &s);
             assert_eq!(class(&got), expected, "{e}");

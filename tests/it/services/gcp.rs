@@ -136,23 +136,10 @@ fn context() -> WrapContext {
     WrapContext { store: [1; 16], purpose: KeyPurpose::Dek, object: [2; 16], extra: vec![3; 146] }
 }
 
-fn class(e: &KmsError) -> &'static str {
-    match e {
-        KmsError::Unreachable(_) => "unreachable",
-        KmsError::Throttled(_) => "throttled",
-        KmsError::Denied(_) => "denied",
-        KmsError::Disabled(_) => "disabled",
-        KmsError::NotFound(_) => "not found",
-        KmsError::BadCiphertext(_) => "bad ciphertext",
-        KmsError::Credentials(_) => "credentials",
-        KmsError::Config(_) => "config",
-    }
-}
-
 #[track_caller]
 fn fails<T>(r: Result<T, KmsError>, want: &str, text: &str) {
     let e = r.err().expect("must fail");
-    assert_eq!(class(&e), want, "{e}");
+    assert_eq!(e.code(), want, "{e}");
     let said = e.to_string();
     assert!(said.contains(text) && !said.contains('\n'), "{said}");
 }
@@ -172,13 +159,13 @@ fn a_key_goes_there_and_back_only_in_its_context() {
         WrapContext { object: [9; 16], ..c.clone() },
         WrapContext { extra: vec![], ..c.clone() },
     ] {
-        fails(p.unwrap(&w, &other), "bad ciphertext", "Decryption failed");
+        fails(p.unwrap(&w, &other), "kms-bad-ciphertext", "Decryption failed");
     }
     let mut changed = w.clone();
     *changed.last_mut().unwrap() ^= 1;
-    fails(p.unwrap(&changed, &c), "bad ciphertext", &uri("k"));
+    fails(p.unwrap(&changed, &c), "kms-bad-ciphertext", &uri("k"));
     for not_ours in [&b""[..], &w[..11], &w[..12], &[&[2], &w[1..]].concat()] {
-        fails(p.unwrap(not_ours, &c), "bad ciphertext", "not wrapped by a key of Cloud KMS");
+        fails(p.unwrap(not_ours, &c), "kms-bad-ciphertext", "not wrapped by a key of Cloud KMS");
     }
     let (made, w) = p.generate(&c).unwrap();
     assert!(p.unwrap(&w, &c).unwrap().ct_eq(&made));
@@ -208,7 +195,7 @@ fn checksums_are_checked_both_ways_and_nothing_damaged_is_used() {
         fault["op"] = "encrypt".into();
         fault["count"] = 1.into();
         fake.fault(fault);
-        fails(p.wrap(&key, &c), "unreachable", text);
+        fails(p.wrap(&key, &c), "kms-unreachable", text);
     }
     for (fault, text) in [
         (json!({"corrupt": "plaintextCrc32c"}), "does not fit its checksum"),
@@ -221,7 +208,7 @@ fn checksums_are_checked_both_ways_and_nothing_damaged_is_used() {
         fault["op"] = "decrypt".into();
         fault["count"] = 1.into();
         fake.fault(fault);
-        fails(p.unwrap(&w, &c), "unreachable", text);
+        fails(p.unwrap(&w, &c), "kms-unreachable", text);
     }
     assert!(p.unwrap(&w, &c).unwrap().ct_eq(&key), "and after that it goes on");
 }
@@ -237,10 +224,10 @@ fn an_answer_by_another_key_is_refused() {
         format!("{RING}/cryptoKeys/k"),
     ] {
         fake.fault(json!({"op": "encrypt", "count": 1, "name": name}));
-        fails(p.wrap(&Secret32::random(), &c), "config", "not by a version of this key");
+        fails(p.wrap(&Secret32::random(), &c), "kms-config", "not by a version of this key");
     }
     fake.fault(json!({"op": "get", "count": 1, "name": format!("{RING}/cryptoKeys/other")}));
-    fails(p.health(), "config", "another key");
+    fails(p.health(), "kms-config", "another key");
 }
 
 #[test]
@@ -264,7 +251,7 @@ fn a_new_primary_version_makes_old_wraps_due_for_a_rewrap() {
     let fresh = fake.provider();
     assert!(fresh.rewrap_due(&old).unwrap() && !fresh.rewrap_due(&new).unwrap());
     assert_eq!(fake.calls("get"), 1);
-    fails(p.rewrap_due(b"x"), "bad ciphertext", "not wrapped by a key of Cloud KMS");
+    fails(p.rewrap_due(b"x"), "kms-bad-ciphertext", "not wrapped by a key of Cloud KMS");
 }
 
 #[test]
@@ -276,11 +263,11 @@ fn states_of_versions_are_told_apart() {
     let second = p.wrap(&key, &c).unwrap();
     // The old version: the key goes on, only what it wrapped does not open.
     fake.state("k", 1, "DISABLED");
-    fails(p.unwrap(&first, &c), "disabled", "gcloud kms keys versions enable");
+    fails(p.unwrap(&first, &c), "kms-disabled", "gcloud kms keys versions enable");
     fake.state("k", 1, "DESTROY_SCHEDULED");
-    fails(p.unwrap(&first, &c), "disabled", "gcloud kms keys versions restore");
+    fails(p.unwrap(&first, &c), "kms-disabled", "gcloud kms keys versions restore");
     fake.state("k", 1, "DESTROYED");
-    fails(p.unwrap(&first, &c), "not found", "version 1 is destroyed");
+    fails(p.unwrap(&first, &c), "kms-not-found", "version 1 is destroyed");
     assert!(p.unwrap(&second, &c).unwrap().ct_eq(&key));
     p.health().unwrap();
     // The primary version: nothing is wrapped any more, and health says why.
@@ -290,19 +277,19 @@ fn states_of_versions_are_told_apart() {
         ("DESTROYED", "make another version the primary one"),
     ] {
         fake.state("k", 2, state);
-        fails(p.health(), "disabled", text);
-        fails(p.wrap(&key, &c), "disabled", text);
+        fails(p.health(), "kms-disabled", text);
+        fails(p.wrap(&key, &c), "kms-disabled", text);
     }
     fake.state("k", 2, "ENABLED");
     p.health().unwrap();
     assert!(p.unwrap(&second, &c).unwrap().ct_eq(&key));
     // No key at all, and one for another purpose.
     let other = |key: &str| open_key(key, &fake.options()).unwrap();
-    fails(other("none").health(), "not found", "cryptoKeys/none not found");
-    fails(other("none").wrap(&key, &c), "not found", "cryptoKeys/none not found");
+    fails(other("none").health(), "kms-not-found", "cryptoKeys/none not found");
+    fails(other("none").wrap(&key, &c), "kms-not-found", "cryptoKeys/none not found");
     let body = json!({"purpose": "ASYMMETRIC_SIGN"});
     fake.ask("POST", &format!("/v1/{RING}/cryptoKeys?cryptoKeyId=signer"), &body);
-    fails(other("signer").health(), "config", "--purpose=encryption");
+    fails(other("signer").health(), "kms-config", "--purpose=encryption");
 }
 
 #[test]
@@ -311,20 +298,20 @@ fn every_class_of_failure_is_told_and_passes() {
     let (p, key, c) = (fake.provider(), Secret32::random(), context());
     let w = p.wrap(&key, &c).unwrap();
     for (fault, want, text) in [
-        (json!({"status": 429, "message": "Quota exceeded for quota metric"}), "throttled", "Quota exceeded"),
-        (json!({"status": 403}), "denied", "roles/cloudkms.cryptoKeyEncrypterDecrypter"),
-        (json!({"status": 401}), "credentials", "UNAUTHENTICATED"),
-        (json!({"status": 404}), "not found", "NOT_FOUND"),
-        (json!({"status": 400, "message": "Decryption failed: x"}), "bad ciphertext", "Decryption failed"),
-        (json!({"status": 400, "code": "FAILED_PRECONDITION"}), "disabled", "injected"),
-        (json!({"status": 500}), "unreachable", "INTERNAL"),
-        (json!({"status": 503}), "unreachable", "UNAVAILABLE"),
-        (json!({"status": 504}), "unreachable", "DEADLINE_EXCEEDED"),
-        (json!({"status": 502, "plain": true}), "unreachable", "HTTP status 502"),
-        (json!({"status": 429, "plain": true}), "throttled", "HTTP status 429"),
-        (json!({"status": 404, "plain": true}), "config", "check endpoint"),
-        (json!({"drop": true}), "unreachable", &uri("k")),
-        (json!({"garbage": true}), "unreachable", "not one of Cloud KMS"),
+        (json!({"status": 429, "message": "Quota exceeded for quota metric"}), "kms-throttled", "Quota exceeded"),
+        (json!({"status": 403}), "kms-denied", "roles/cloudkms.cryptoKeyEncrypterDecrypter"),
+        (json!({"status": 401}), "kms-credentials", "UNAUTHENTICATED"),
+        (json!({"status": 404}), "kms-not-found", "NOT_FOUND"),
+        (json!({"status": 400, "message": "Decryption failed: x"}), "kms-bad-ciphertext", "Decryption failed"),
+        (json!({"status": 400, "code": "FAILED_PRECONDITION"}), "kms-disabled", "injected"),
+        (json!({"status": 500}), "kms-unreachable", "INTERNAL"),
+        (json!({"status": 503}), "kms-unreachable", "UNAVAILABLE"),
+        (json!({"status": 504}), "kms-unreachable", "DEADLINE_EXCEEDED"),
+        (json!({"status": 502, "plain": true}), "kms-unreachable", "HTTP status 502"),
+        (json!({"status": 429, "plain": true}), "kms-throttled", "HTTP status 429"),
+        (json!({"status": 404, "plain": true}), "kms-config", "check endpoint"),
+        (json!({"drop": true}), "kms-unreachable", &uri("k")),
+        (json!({"garbage": true}), "kms-unreachable", "not one of Cloud KMS"),
     ] {
         let mut fault = fault;
         fault["op"] = "decrypt".into();
@@ -342,7 +329,7 @@ fn a_redirect_is_not_followed() {
     let (fake, other) = (Fake::start(), Fake::start());
     let location = format!("http://127.0.0.1:{}/v1/{RING}/cryptoKeys/k:encrypt", other.port);
     fake.fault(json!({"op": "encrypt", "count": 1, "status": 307, "plain": true, "location": location}));
-    fails(fake.provider().wrap(&Secret32::random(), &context()), "config", "HTTP status 307");
+    fails(fake.provider().wrap(&Secret32::random(), &context()), "kms-config", "HTTP status 307");
     assert_eq!(other.calls("encrypt"), 0);
 }
 
@@ -356,8 +343,8 @@ fn a_frozen_server_holds_nobody_for_longer_than_configured() {
     // Both with the connection that is there and with new ones.
     for _ in 0..2 {
         let begin = Instant::now();
-        fails(p.unwrap(&w, &c), "unreachable", "in time");
-        fails(p.health(), "unreachable", "in time");
+        fails(p.unwrap(&w, &c), "kms-unreachable", "in time");
+        fails(p.health(), "kms-unreachable", "in time");
         let took = begin.elapsed();
         assert!(took >= Duration::from_millis(600) && took < Duration::from_secs(20), "{took:?}");
     }
@@ -371,9 +358,9 @@ fn a_server_that_was_away_is_used_again() {
     let (p, key, c) = (fake.provider(), Secret32::random(), context());
     let w = p.wrap(&key, &c).unwrap();
     fake.server.kill();
-    fails(p.unwrap(&w, &c), "unreachable", &uri("k"));
-    fails(p.wrap(&key, &c), "unreachable", &uri("k"));
-    fails(p.health(), "unreachable", &uri("k"));
+    fails(p.unwrap(&w, &c), "kms-unreachable", &uri("k"));
+    fails(p.wrap(&key, &c), "kms-unreachable", &uri("k"));
+    fails(p.health(), "kms-unreachable", &uri("k"));
     fake.restart();
     assert!(p.unwrap(&w, &c).unwrap().ct_eq(&key));
     p.health().unwrap();
@@ -392,12 +379,12 @@ fn health_does_without_the_right_to_read_the_key() {
         assert_eq!((fake.calls("get"), fake.calls("encrypt"), fake.calls("decrypt")), (1, n, 0));
     }
     fake.state("k", 1, "DISABLED");
-    fails(p.health(), "disabled", "gcloud kms keys versions enable");
+    fails(p.health(), "kms-disabled", "gcloud kms keys versions enable");
     // A caller who may do neither is denied, and versions are found out all the same.
     fake.state("k", 1, "ENABLED");
     fake.rotate("k");
     fake.fault(json!({"op": "encrypt", "count": 1, "status": 403}));
-    fails(fake.provider().health(), "denied", "PERMISSION_DENIED");
+    fails(fake.provider().health(), "kms-denied", "PERMISSION_DENIED");
     assert!(fake.provider().rewrap_due(&w).unwrap());
 }
 
@@ -476,7 +463,7 @@ fn a_service_account_signs_for_this_service_only_and_logs_in_anew_once() {
     assert!(p.unwrap(&w, &c).unwrap().ct_eq(&key));
     assert_eq!(fake.calls("decrypt"), 2);
     fake.fault(json!({"op": "decrypt", "count": 2, "status": 401}));
-    fails(p.unwrap(&w, &c), "credentials", "UNAUTHENTICATED");
+    fails(p.unwrap(&w, &c), "kms-credentials", "UNAUTHENTICATED");
     assert_eq!(fake.calls("decrypt"), 4);
 }
 
@@ -492,18 +479,18 @@ fn credentials_that_cannot_be_used_say_why() {
             ..fake.options()
         })
     };
-    fails(with(&file), "credentials", "No such file");
+    fails(with(&file), "kms-credentials", "No such file");
     fs::write(&file, "{").unwrap();
-    fails(with(&file), "credentials", "not JSON");
+    fails(with(&file), "kms-credentials", "not JSON");
     let mut account = service_account(&file);
     fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-    fails(with(&file), "credentials", "chmod 600");
+    fails(with(&file), "kms-credentials", "chmod 600");
     // What shows only when a token is needed, and is mended in the file while the program runs.
     let good = account["private_key"].take();
     account["private_key"] = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n".into();
     write_secret(&file, &account);
     let p = with(&file).unwrap();
-    fails(p.health(), "credentials", "no access token");
+    fails(p.health(), "kms-credentials", "no access token");
     account["private_key"] = good;
     write_secret(&file, &account);
     p.health().unwrap();
@@ -516,7 +503,7 @@ fn credentials_that_cannot_be_used_say_why() {
         "subject_token_type": "urn:ietf:params:oauth:token-type:jwt", "credential_source": {"file": subject},
     });
     fs::write(&file, external.to_string()).unwrap();
-    fails(with(&file).unwrap().health(), "unreachable", "no access token");
+    fails(with(&file).unwrap().health(), "kms-unreachable", "no access token");
     assert_eq!(fake.calls("encrypt") + fake.calls("decrypt"), 0);
 }
 
@@ -530,13 +517,13 @@ fn an_endpoint_that_would_leak_is_refused_before_anything_is_sent() {
         (GcpOptions { anonymous: true, ..GcpOptions::default() }, "loopback"),
         (GcpOptions { timeout_ms: Some(1), ..GcpOptions::default() }, "timeout_ms"),
     ] {
-        fails(open(o), "config", text);
+        fails(open(o), "kms-config", text);
     }
     assert!(open(GcpOptions { allow_http: true, ..at("http://kms.example") }).is_ok());
     // TLS towards something that does not speak it.
     let fake = Fake::start();
     let p = open(GcpOptions { endpoint: Some(format!("https://127.0.0.1:{}", fake.port)), ..fake.options() }).unwrap();
-    fails(p.health(), "unreachable", &uri("k"));
+    fails(p.health(), "kms-unreachable", &uri("k"));
 }
 
 /// TLS is set up without a default provider of the process, and trusts what the system trusts.

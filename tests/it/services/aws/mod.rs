@@ -41,16 +41,3 @@ fn open(key: &str, aws: AwsOptions) -> Result<Arc<dyn KeyProvider>, KmsError> {
 fn context() -> WrapContext {
     WrapContext { store: [1; 16], purpose: KeyPurpose::Dek, object: [2; 16], extra: b"a slot's prefix".to_vec() }
 }
-
-fn class(e: &KmsError) -> &'static str {
-    match e {
-        KmsError::Unreachable(_) => "unreachable",
-        KmsError::Throttled(_) => "throttled",
-        KmsError::Denied(_) => "denied",
-        KmsError::Disabled(_) => "disabled",
-        KmsError::NotFound(_) => "not found",
-        KmsError::BadCiphertext(_) => "bad ciphertext",
-        KmsError::Credentials(_) => "credentials",
-        KmsError::Config(_) => "config",
-    }
-}

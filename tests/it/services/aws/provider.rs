@@ -1,7 +1,7 @@
 //! What the provider does when all is well.
 
 use super::super::kms_server::{ACCOUNT, REGION, alone};
-use super::{Place, class, context};
+use super::{Place, context};
 use envelopefs::crypto::secret::Secret32;
 use envelopefs::kms::{KeyPurpose, KmsError, WRAPPED_MAX, WrapContext, event};
 use serde_json::json;
@@ -97,8 +97,8 @@ fn wraps_by_keys_that_the_uri_does_not_allow_are_refused_without_a_call() {
             let p = at.key(uri);
             at.kms.reset();
             let e = p.unwrap(wrap, &c).unwrap_err();
-            assert_eq!(class(&e), "bad ciphertext", "{uri}: {e}");
-            assert_eq!(class(&p.rewrap(wrap, &c, &c).unwrap_err()), "bad ciphertext");
+            assert_eq!(e.code(), "kms-bad-ciphertext", "{uri}: {e}");
+            assert_eq!(p.rewrap(wrap, &c, &c).unwrap_err().code(), "kms-bad-ciphertext");
             assert_eq!(p.rewrap_due(wrap), Ok(false));
             let seen = at.kms.calls();
             assert_eq!((seen.total(), seen.of("DescribeKey")), (calls, calls), "{uri}: {seen:?}");
@@ -124,9 +124,9 @@ fn wraps_by_keys_that_the_uri_does_not_allow_are_refused_without_a_call() {
         let lie = naming(&by_other, &other, &mine);
         at.kms.reset();
         let e = at.key(&mine).unwrap(&lie, &c).unwrap_err();
-        assert_eq!((class(&e), at.kms.calls().of("Decrypt")), ("bad ciphertext", 1), "{e}");
+        assert_eq!((e.code(), at.kms.calls().of("Decrypt")), ("kms-bad-ciphertext", 1), "{e}");
         assert!(e.to_string().contains("IncorrectKeyException"), "{e}");
-        assert_eq!(class(&at.key(&mine).rewrap(&lie, &c, &c).unwrap_err()), "bad ciphertext");
+        assert_eq!(at.key(&mine).rewrap(&lie, &c, &c).unwrap_err().code(), "kms-bad-ciphertext");
     });
 }
 
@@ -148,7 +148,7 @@ fn an_alias_that_is_pointed_elsewhere_opens_old_wraps_and_asks_for_a_rewrap() {
             let moved = p.rewrap(&w, &c, &c).unwrap();
             assert_eq!(p.rewrap_due(&moved), Ok(false));
             assert!(at.key(&new).unwrap(&moved, &c).unwrap().ct_eq(&key));
-            assert_eq!(class(&at.key(&old).unwrap(&moved, &c).unwrap_err()), "bad ciphertext");
+            assert_eq!(at.key(&old).unwrap(&moved, &c).unwrap_err().code(), "kms-bad-ciphertext");
             assert_eq!(p.describe().unwrap().key_id, new);
         }
     });
@@ -179,8 +179,8 @@ fn a_rewrap_follows_a_rotation_without_the_key_leaving_the_service() {
             assert_eq!((calls.of("ReEncrypt"), calls.total()), (1, 1), "{calls:?}");
             assert_eq!(p.rewrap_due(&moved), Ok(false));
             assert!(p.unwrap(&moved, &to).unwrap().ct_eq(key));
-            assert_eq!(class(&p.unwrap(&moved, &from).unwrap_err()), "bad ciphertext");
-            assert_eq!(class(&p.rewrap(w, &to, &to).unwrap_err()), "bad ciphertext");
+            assert_eq!(p.unwrap(&moved, &from).unwrap_err().code(), "kms-bad-ciphertext");
+            assert_eq!(p.rewrap(w, &to, &to).unwrap_err().code(), "kms-bad-ciphertext");
         }
         assert_eq!(at.kms.seen().iter().filter(|c| c["op"] == "ReEncrypt").count(), 2);
         let last = at.kms.seen();

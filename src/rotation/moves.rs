@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// What was moved since the last look.
 pub struct Moved<B: Backing> {
-    /// Files and directories, in any order, possibly several times.
+    /// Files and directories, in any order. One that was on the list since tracking began need not be on it again.
     pub nodes: Vec<Arc<B::Node>>,
     /// Something could not be put on the list: the walk proves nothing and has to be repeated.
     pub lost: bool,

@@ -10,6 +10,10 @@
 //! moved. So each directory on the list needs to be walked once in a pass, and a file on it to be looked at. Walks
 //! below listed directories can miss what moves during them, but that is on the list too: the pass ends with a round
 //! that walked no directory, or after which nothing new is on the list. It is finite, because directories are.
+//!
+//! The list is short, since it holds descriptors. A thread of its own takes it all the while and looks at the files on
+//! it without the rests that the walk's workers take, so that users who rename much do not outrun a run that gives
+//! way to them.
 
 use super::control::{Cancelled, Control};
 use super::moves::{Moved, Moves};
@@ -29,6 +33,8 @@ use std::time::{Duration, Instant};
 pub(super) const BATCH: usize = 256;
 /// How often the calling thread looks up.
 const TICK: Duration = Duration::from_millis(200);
+/// How often the list of moves is taken.
+const COLLECT_EVERY: Duration = Duration::from_millis(10);
 /// The folder of directories on their way in and out, in the store's own.
 const POOL: &[u8] = b"pool";
 /// What a fresh ext file system holds.
@@ -61,12 +67,21 @@ impl<B: Backing> Item<B> {
         Self { place: Place::Opened(node), in_order: false, reserved: false }
     }
 
+    fn moved(node: Arc<B::Node>) -> Self {
+        Self { place: Place::Moved(node), in_order: false, reserved: false }
+    }
+
     /// The inode, found anew if it goes by a name.
     pub(super) fn node(&self, backing: &B) -> io::Result<Arc<B::Node>> {
         match &self.place {
             Place::Named(dir, name) => backing.lookup(&dir.node, name).map(Arc::new),
             Place::Moved(node) | Place::Opened(node) => Ok(Arc::clone(node)),
         }
+    }
+
+    /// Whether it was found because it moved: to be looked at soon, since its descriptor is held open.
+    pub(super) fn has_moved(&self) -> bool {
+        matches!(self.place, Place::Moved(_))
     }
 
     /// Path in the backing directory.
@@ -143,11 +158,16 @@ enum Start<B: Backing> {
     At(Vec<Arc<B::Node>>),
 }
 
+/// What was on the list of moves and is left for the walker.
+struct Pending<B: Backing> {
+    dirs: VecDeque<Arc<B::Node>>,
+    lost: bool,
+}
+
 /// What the walker of a pass remembers between rounds.
 struct Walker<B: Backing> {
     /// Moved directories that this pass has walked or is walking, by device and inode.
     walked: HashSet<(u64, u64)>,
-    lost: bool,
     /// A directory was walked in this round.
     walked_any: bool,
     number: u64,
@@ -167,22 +187,23 @@ impl<B: Backing> Pass<'_, B> {
         tick: &mut dyn FnMut(Option<&[u8]>),
     ) -> Result<PassEnd, Cancelled> {
         self.moves.track(true);
-        let mut walker =
-            Walker { walked: HashSet::new(), lost: false, walked_any: false, number: 0, batch: Vec::new() };
+        let mut walker = Walker { walked: HashSet::new(), walked_any: false, number: 0, batch: Vec::new() };
+        let pending = Mutex::new(Pending { dirs: VecDeque::new(), lost: false });
         let mut start = Start::After(cursor.to_vec());
         let mut rounds = 0;
         let end = loop {
-            if let Err(c) = self.round(start, &mut walker, visitor, tick) {
+            if let Err(c) = self.round(start, &mut walker, &pending, visitor, tick) {
                 break Err(c);
             }
             rounds += 1;
-            let moved = self.take(&mut walker);
-            let unseen: Vec<_> = moved.into_iter().filter(|n| self.needs_visit(&walker, n)).collect();
+            let mut pending = pending.lock();
+            let moved = self.take(&mut pending);
+            let unseen: Vec<_> = pending.dirs.drain(..).chain(moved).filter(|n| self.needs_visit(&walker, n)).collect();
             // A round that looked at files only, by descriptor, cannot have missed anything: what moved during it
             // does not matter.
             let settled = unseen.is_empty() || !walker.walked_any;
             if settled || rounds == ROUNDS_MAX {
-                break Ok(PassEnd { whole: settled && !walker.lost });
+                break Ok(PassEnd { whole: settled && !pending.lost });
             }
             walker.walked_any = false;
             start = Start::At(unseen);
@@ -191,9 +212,9 @@ impl<B: Backing> Pass<'_, B> {
         end
     }
 
-    fn take(&self, walker: &mut Walker<B>) -> Vec<Arc<B::Node>> {
+    fn take(&self, pending: &mut Pending<B>) -> Vec<Arc<B::Node>> {
         let Moved { nodes, lost } = self.moves.take();
-        walker.lost |= lost;
+        pending.lost |= lost;
         nodes
     }
 
@@ -215,6 +236,7 @@ impl<B: Backing> Pass<'_, B> {
         &self,
         start: Start<B>,
         walker: &mut Walker<B>,
+        pending: &Mutex<Pending<B>>,
         visitor: &dyn Visitor<B>,
         tick: &mut dyn FnMut(Option<&[u8]>),
     ) -> Result<(), Cancelled> {
@@ -224,7 +246,9 @@ impl<B: Backing> Pass<'_, B> {
         let (done, finished) = channel::<(u64, Option<Vec<u8>>)>();
         let mut mark = LowWater::new(walker.number);
         std::thread::scope(|scope| {
-            let walking = scope.spawn(move || self.walk(start, walker, &send));
+            let (round, round_over) = channel::<()>();
+            let collecting = scope.spawn(move || self.collect(&round_over, pending, visitor));
+            let walking = scope.spawn(move || self.walk(start, walker, pending, &send));
             let workers: Vec<_> = (0..self.workers)
                 .map(|_| {
                     let (done, receive) = (done.clone(), Arc::clone(&receive));
@@ -254,12 +278,46 @@ impl<B: Backing> Pass<'_, B> {
             for w in workers {
                 end = end.and(join(w));
             }
-            end
+            drop(round);
+            end.and(join(collecting))
         })
     }
 
+    /// The collector's thread: looks at moved files as they come, and leaves directories to the walker.
+    fn collect(
+        &self,
+        round_over: &Receiver<()>,
+        pending: &Mutex<Pending<B>>,
+        visitor: &dyn Visitor<B>,
+    ) -> Result<(), Cancelled> {
+        while round_over.recv_timeout(COLLECT_EVERY) == Err(RecvTimeoutError::Timeout) {
+            self.control.checkpoint()?;
+            let mut p = pending.lock();
+            let mut items = Vec::new();
+            for node in self.take(&mut p) {
+                match self.backing.stat(&node).map(|s| s.kind) {
+                    Ok(Kind::File) => items.push(Item::moved(node)),
+                    // The walker says what is wrong with one that cannot be looked at.
+                    Ok(Kind::Dir) | Err(_) => p.dirs.push_back(node),
+                    Ok(_) => {}
+                }
+            }
+            drop(p);
+            if !items.is_empty() {
+                visitor.batch(items)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The walker's thread: fills batches and sends them.
-    fn walk(&self, start: Start<B>, walker: &mut Walker<B>, send: &SyncSender<Batch<B>>) -> Result<(), Cancelled> {
+    fn walk(
+        &self,
+        start: Start<B>,
+        walker: &mut Walker<B>,
+        pending: &Mutex<Pending<B>>,
+        send: &SyncSender<Batch<B>>,
+    ) -> Result<(), Cancelled> {
         let mut stack: Vec<Walk<'_, B>> = Vec::new();
         let mut todo: VecDeque<Arc<B::Node>> = VecDeque::new();
         let whole = matches!(start, Start::After(_));
@@ -292,7 +350,7 @@ impl<B: Backing> Pass<'_, B> {
                 Some(Some(visit)) => self.visit(walker, visit, in_order),
             }
             if self.flush(walker, send, BATCH)? {
-                todo.extend(self.take(walker));
+                todo.append(&mut pending.lock().dirs);
             }
         }
         self.flush(walker, send, 1)?;
@@ -358,7 +416,7 @@ impl<B: Backing> Pass<'_, B> {
             }
         };
         match stat.kind {
-            Kind::File => walker.batch.push(Item { place: Place::Moved(node), in_order: false, reserved: false }),
+            Kind::File => walker.batch.push(Item::moved(node)),
             Kind::Dir if walker.walked.insert((stat.dev, stat.ino)) => {
                 walker.walked_any = true;
                 return Some(Walk::below(self.backing, node, MOVED.to_vec()));

@@ -22,6 +22,9 @@ use parking_lot::Mutex;
 use std::cell::RefCell;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// Scans in a row that find nothing left and yet may have missed something, after which a run is given up. A scan keeps
+/// up with renames however many there are, unless it is paused or its files' disk does not answer.
+const SCANS_MAX: u32 = 16;
 /// Sweeps of one run after which it is given up although each one found something to do. Every sweep leaves fewer
 /// headers behind, so this is never reached but by a store somebody restores old files into all the while.
 const SWEEPS_MAX: u32 = 16;
@@ -66,6 +69,17 @@ pub fn run<B: Backing>(
         run.tell("failed", Err(&e.code()));
     }
     ended
+}
+
+/// What a scan says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// Every file was seen, and every header is under the target in both slots.
+    Clean,
+    /// No other was seen, but some may have been missed.
+    Unsettled,
+    /// Headers are behind, or could not be looked at.
+    Behind,
 }
 
 struct Run<'a, B: Backing> {
@@ -212,12 +226,12 @@ impl<'a, B: Backing> Run<'a, B> {
             self.enter(State::Verifying, target, b"");
             let (sweep_failures, sweep_total) = (std::mem::take(&mut self.failures), self.failures_total);
             self.failures_total = 0;
-            let clean = match self.verify(target) {
-                Ok(clean) => clean,
+            let verdict = match self.prove(target) {
+                Ok(verdict) => verdict,
                 Err(c) => return Ok(Err(c)),
             };
             // What the scan saw may be in memory only if the barrier failed.
-            if clean && durable {
+            if verdict == Verdict::Clean && durable {
                 return Ok(Ok(true));
             }
             // A failure that the scan did not see again is only told if the run fails for it.
@@ -231,6 +245,9 @@ impl<'a, B: Backing> Run<'a, B> {
             }
             if self.failures_total > 0 {
                 return Ok(Ok(false));
+            }
+            if verdict == Verdict::Unsettled {
+                break;
             }
         }
         self.failures_total += 1;
@@ -293,8 +310,19 @@ impl<'a, B: Backing> Run<'a, B> {
         Ok(end.map(|_| durable))
     }
 
-    /// One fresh scan. `Ok(true)`: every file was seen, and every header is under the target in both slots.
-    fn verify(&mut self, target: KekId) -> std::result::Result<bool, Cancelled> {
+    /// Scans until a scan says how things are: there is nothing to sweep as long as none is found behind.
+    fn prove(&mut self, target: KekId) -> std::result::Result<Verdict, Cancelled> {
+        for _ in 1..SCANS_MAX {
+            let verdict = self.verify(target)?;
+            if verdict != Verdict::Unsettled {
+                return Ok(verdict);
+            }
+        }
+        self.verify(target)
+    }
+
+    /// One fresh scan.
+    fn verify(&mut self, target: KekId) -> std::result::Result<Verdict, Cancelled> {
         self.passes += 1;
         let failures = Failures::default();
         let verify = Verify {
@@ -312,10 +340,14 @@ impl<'a, B: Backing> Run<'a, B> {
         });
         let found = verify.found.into_inner();
         (self.failures, self.failures_total) = failures.take();
-        let clean = end.map(|e| e.whole && found.behind == 0 && self.failures_total == 0);
+        let verdict = end.map(|e| match (found.behind == 0 && self.failures_total == 0, e.whole) {
+            (true, true) => Verdict::Clean,
+            (true, false) => Verdict::Unsettled,
+            (false, _) => Verdict::Behind,
+        });
         self.files = found.counts.scanned;
         self.verified = Some(found);
-        clean
+        verdict
     }
 
     /// Marks the old KEKs as proved unused, and destroys them if asked.

@@ -69,7 +69,7 @@ impl<B: Backing> Sweep<'_, B> {
         let mut halves = Vec::with_capacity(items.len());
         for item in items {
             if end.is_ok() {
-                *end = self.turns.next();
+                *end = self.turns.next(!item.has_moved());
             }
             if end.is_err() {
                 break;

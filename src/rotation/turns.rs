@@ -43,11 +43,16 @@ impl<'a> Turns<'a> {
     }
 
     /// Returns when the next header's turn has come. The caller is at work, and holds no lock that a user may want.
-    pub(super) fn next(&self) -> Result<(), Cancelled> {
+    /// One that cannot wait begins at once; those after it make up for that.
+    pub(super) fn next(&self, can_wait: bool) -> Result<(), Cancelled> {
         self.control.checkpoint()?;
         let now = Instant::now();
+        let paced = self.pace.as_ref().map_or(Duration::ZERO, |p| p.lock().grant(1, now));
+        if !can_wait {
+            return Ok(());
+        }
         let rest = self.courtesy.as_ref().map_or(Duration::ZERO, |c| self.rest(&mut c.lock(), now));
-        let wait = self.pace.as_ref().map_or(Duration::ZERO, |p| p.lock().grant(1, now)).max(rest);
+        let wait = paced.max(rest);
         if wait.is_zero() {
             return Ok(());
         }

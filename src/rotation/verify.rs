@@ -120,7 +120,7 @@ impl<B: Backing> Visitor<B> for Verify<'_, B> {
         let mut found = Found::default();
         let mut end = Ok(());
         for item in items {
-            end = self.turns.next();
+            end = self.turns.next(!item.has_moved());
             if end.is_err() {
                 break;
             }

@@ -194,6 +194,7 @@ impl<B: Backing> Store<B> {
         if node.kind() == Kind::Dir {
             return Err(StoreError::NotPermitted);
         }
+        self.moves.make_room();
         let b = self.backing();
         let fd = node.fd(b)?;
         // Begun under the directory's lock, as in a rename: the other way round they could wait for each other.
@@ -203,7 +204,7 @@ impl<B: Backing> Store<B> {
         };
         let (_, attr, _moving) = self.make_entry(dir, name, make, |_| Ok(b.stat(&fd)?))?;
         if self.moves.on() {
-            self.moves.record(fd);
+            self.moves.record(node.key(), fd);
         }
         Ok(attr)
     }

@@ -49,6 +49,7 @@ impl<B: Backing> Store<B> {
         mode: RenameMode,
     ) -> Result<()> {
         self.writable()?;
+        self.moves.make_room();
         loop {
             // A directory that is replaced is locked too, so that nothing is made in it meanwhile. To learn which it
             // is takes its parent's lock; if it is another by the time that all are locked, again.
@@ -258,8 +259,9 @@ impl<B: Backing> Store<B> {
     }
 
     fn record_move(&self, end: &End<'_, B>) {
-        match self.backing().lookup(&end.fd, end.name.content()) {
-            Ok(n) => self.moves.record(Arc::new(n)),
+        let b = self.backing();
+        match b.lookup(&end.fd, end.name.content()).and_then(|n| b.stat(&n).map(|st| (n, st))) {
+            Ok((n, st)) => self.moves.record(key(&st), Arc::new(n)),
             Err(e) => {
                 tracing::warn!("a renamed inode could not be kept for the scan, which begins anew: {e}");
                 self.moves.lose();

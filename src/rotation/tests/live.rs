@@ -219,6 +219,58 @@ fn what_moves_across_the_walk_is_visited() {
     }
 }
 
+/// While its only worker is at its first batch, renames more files than the list of moves holds, all of them often.
+struct Flood<'a> {
+    store: &'a Arc<Store<SimDisk>>,
+    files: usize,
+    moved: AtomicBool,
+    seen: Mutex<BTreeSet<u64>>,
+}
+
+impl Visitor<SimDisk> for Flood<'_> {
+    fn batch(&self, items: Vec<Item<SimDisk>>) -> Result<(), Cancelled> {
+        let b = &self.store.shared().backing;
+        if !self.moved.swap(true, Ordering::Relaxed) {
+            let ends = [dir(self.store, "z"), dir(self.store, "a")];
+            for round in 0..3 {
+                for f in 0..self.files {
+                    let name = f.to_string();
+                    let (from, to) = (&ends[round % 2], &ends[(round + 1) % 2]);
+                    self.store.rename(from, name.as_bytes(), to, name.as_bytes(), RenameMode::NoReplace).unwrap();
+                }
+            }
+        }
+        for item in items {
+            if let Ok(node) = item.node(b) {
+                self.seen.lock().insert(b.stat(&node).unwrap().ino);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A run that gave way to users rested while they renamed; the list overflowed in every scan, and it never ended.
+#[test]
+fn renames_do_not_outrun_a_scan_whose_worker_rests() {
+    const FILES: usize = 3000;
+    let (disk, root, _) = filled();
+    let store = open(disk.clone(), &root);
+    for d in ["a", "z"] {
+        store.mkdir(&store.root(), d.as_bytes(), 0o755, 0, None).unwrap();
+    }
+    let z = dir(&store, "z");
+    for f in 0..FILES {
+        store.create(&z, f.to_string().as_bytes(), 0o644, 0, None).unwrap();
+    }
+    let visitor = Flood { store: &store, files: FILES, moved: AtomicBool::new(false), seen: Mutex::default() };
+    let (control, failures) = (Control::new(), Failures::default());
+    let pass =
+        Pass { backing: &disk, moves: &*store, control: &control, failures: &failures, workers: 1, gentle: true };
+    assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
+    assert_eq!(failures.take().1, 0);
+    assert!(visitor.seen.into_inner().len() >= FILES + 5);
+}
+
 /// A list of moves that overflowed proves nothing.
 struct Lossy;
 

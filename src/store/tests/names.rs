@@ -348,13 +348,22 @@ mod bodies {
         assert_eq!(get(&s, &f), b"x");
         s.track_moves(true);
         s.rename(&a, b"g", &b, b"h", RenameMode::Replace).unwrap();
-        s.link(&f, &a, b"i").unwrap();
+        put(&s, &a, b"linked", b"");
+        s.link(&find(&s, &a, b"linked"), &a, b"i").unwrap();
+        // Kept once, however it moves.
+        s.link(&f, &a, b"j").unwrap();
         put(&s, &a, b"new", b"");
         let moved = s.take_moved();
         assert_eq!((moved.nodes.len(), moved.overflowed), (2, false));
         let st = s.shared().backing.stat(&moved.nodes[0]).unwrap();
         assert_eq!((st.dev, st.ino), f.key());
+        s.rename(&b, b"h", &b, b"h2", RenameMode::Replace).unwrap();
+        s.rename(&b, b"h2", &b, b"h", RenameMode::Replace).unwrap();
         assert!(s.take_moved().nodes.is_empty());
+        s.track_moves(true);
+        s.rename(&b, b"h", &b, b"h2", RenameMode::Replace).unwrap();
+        assert_eq!(s.take_moved().nodes.len(), 1);
+        s.rename(&b, b"h2", &b, b"h", RenameMode::Replace).unwrap();
         s.track_moves(false);
         s.rename(&b, b"h", &a, b"h", RenameMode::Replace).unwrap();
         assert!(s.take_moved().nodes.is_empty());

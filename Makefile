@@ -5,7 +5,7 @@ VENV   := target/venv
 PYTHON := $(VENV)/bin/python
 BIN    := target/debug/envelopefs
 
-.PHONY: help setup build check fmt lint features test test-rust test-reader test-fuzz bench bench-services kill-test fuzz quickstart install clean
+.PHONY: help setup build check fmt lint features test test-rust test-reader test-fuzz bench bench-services kill-test storm-test fuzz quickstart install clean
 
 help:
 	@echo 'make quickstart   install what is needed, build, and show a store at work in a temporary folder'
@@ -16,6 +16,7 @@ help:
 	@echo 'make bench        ratios to the native directory and to gocryptfs (BENCH_ARGS=--quick for a short run)'
 	@echo 'make bench-services  making and opening files with root keys in key services'
 	@echo 'make kill-test    kill -9 of the daemon under load, again and again (KILLS=100)'
+	@echo 'make storm-test   rotations while files and directories are renamed all the time (SECONDS=180)'
 	@echo 'make fuzz         coverage-guided fuzzing (TARGET=header SECONDS=60)'
 	@echo 'make install      copies the release binary and the mount helper (PREFIX=/usr/local)'
 
@@ -67,6 +68,9 @@ bench-services: setup build
 
 kill-test: build
 	scripts/kill_test.py --binary target/release/envelopefs --kills $(or $(KILLS),100)
+
+storm-test: build
+	scripts/rename_storm.py --binary target/release/envelopefs --seconds $(or $(SECONDS),180)
 
 quickstart: setup build
 	scripts/quickstart.sh target/release/envelopefs

@@ -14,49 +14,18 @@ import contextlib
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+
+from mounted import Mount
 
 BLOCK = 4096
 
 
 class Killed(Exception):
     """The mount answered with the error of a dead daemon."""
-
-
-class Mount:
-    def __init__(self, binary, folder):
-        self.binary = os.path.abspath(binary)
-        self.backing, self.mnt = os.path.join(folder, "backing"), os.path.join(folder, "mnt")
-        os.mkdir(self.backing)
-        os.mkdir(self.mnt)
-        self.run("init", self.backing, "--key", f"keyfile:{folder}/key")
-
-    def run(self, *args, check=True):
-        done = subprocess.run([self.binary, *args], capture_output=True, text=True, timeout=600)
-        if check and done.returncode:
-            raise SystemExit(f"kill_test: {' '.join(args)}: exit {done.returncode}: {done.stderr}{done.stdout}")
-        return done
-
-    def mount(self):
-        self.run("mount", self.backing, self.mnt)
-
-    def kill(self):
-        """SIGKILL to the process that has the volume lock open, then takes the dead mount away."""
-        lock = os.path.join(os.path.realpath(self.backing), ".envelopefs", "lock")
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                if any(os.readlink(f"/proc/{pid}/fd/{fd}") == lock for fd in os.listdir(f"/proc/{pid}/fd")):
-                    os.kill(int(pid), signal.SIGKILL)
-        self.detach()
-
-    def detach(self):
-        command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
-        subprocess.run([*command, self.mnt], capture_output=True, check=False)
 
 
 class File:

@@ -13,13 +13,11 @@ import argparse
 import contextlib
 import os
 import random
-import shutil
 import sys
-import tempfile
 import threading
 import time
 
-from mounted import Mount
+from mounted import temporary
 
 BLOCK = 4096
 
@@ -196,50 +194,42 @@ def main():
     p.add_argument("--folder", help="where to make the temporary store")
     a = p.parse_args()
     print(f"kill_test: seed {a.seed}", flush=True)
-    folder = tempfile.mkdtemp(prefix="envelopefs-kill-", dir=a.folder)
-    mount = Mount(a.binary, folder)
+    with temporary(a.binary, a.folder) as mount:
+        kill_again_and_again(mount, a)
+
+
+def kill_again_and_again(mount, a):
     chance = random.Random(a.seed)
     writers = [Writer(mount.mnt, i, f"{a.seed}/{i}") for i in range(3)]
     acknowledged = 0
-    failed = False
-    try:
-        for kill in range(1, a.kills + 1):
-            mount.mount()
-            problems = [x for w in writers for x in w.verify()]
-            if problems:
-                failed = True
-                sys.exit(f"kill_test: after kill {kill - 1}:\n  " + "\n  ".join(problems[:20]))
-            writers = [w.again() for w in writers]
-            rotation = threading.Thread(target=rotate_until_killed, args=(mount,), daemon=True)
-            for t in [*writers, rotation]:
-                t.start()
-            time.sleep(chance.uniform(0.05, 1.0))
-            early = [w.fault for w in writers if w.fault]
-            mount.kill()
-            for t in [*writers, rotation]:
-                t.join(120)
-            if early:
-                failed = True
-                sys.exit(f"kill_test: before kill {kill}: {early[0]}")
-            acknowledged += sum(w.acknowledged for w in writers)
-            if kill % 10 == 0:
-                print(f"kill_test: {kill} kills, {acknowledged} acknowledged writes and renames all there", flush=True)
+    for kill in range(1, a.kills + 1):
         mount.mount()
         problems = [x for w in writers for x in w.verify()]
-        mount.run("rotate", mount.mnt, "--destroy-old")
-        problems += [x for w in writers for x in w.verify()]
-        mount.run("unmount", mount.mnt)
         if problems:
-            failed = True
-            sys.exit("kill_test: at the end:\n  " + "\n  ".join(problems[:20]))
-        print(mount.run("check", mount.backing, "--deep").stdout.strip())
-        print(f"kill_test: {a.kills} kills, {acknowledged} acknowledged: nothing lost, no error, rotation complete")
-    finally:
+            sys.exit(f"kill_test: after kill {kill - 1}:\n  " + "\n  ".join(problems[:20]))
+        writers = [w.again() for w in writers]
+        rotation = threading.Thread(target=rotate_until_killed, args=(mount,), daemon=True)
+        for t in [*writers, rotation]:
+            t.start()
+        time.sleep(chance.uniform(0.05, 1.0))
+        early = [w.fault for w in writers if w.fault]
         mount.kill()
-        if failed:
-            print(f"kill_test: the store is left in {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        for t in [*writers, rotation]:
+            t.join(120)
+        if early:
+            sys.exit(f"kill_test: before kill {kill}: {early[0]}")
+        acknowledged += sum(w.acknowledged for w in writers)
+        if kill % 10 == 0:
+            print(f"kill_test: {kill} kills, {acknowledged} acknowledged writes and renames all there", flush=True)
+    mount.mount()
+    problems = [x for w in writers for x in w.verify()]
+    mount.run("rotate", mount.mnt, "--destroy-old")
+    problems += [x for w in writers for x in w.verify()]
+    mount.run("unmount", mount.mnt)
+    if problems:
+        sys.exit("kill_test: at the end:\n  " + "\n  ".join(problems[:20]))
+    print(mount.run("check", mount.backing, "--deep").stdout.strip())
+    print(f"kill_test: {a.kills} kills, {acknowledged} acknowledged: nothing lost, no error, rotation complete")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 
 class Mount:
@@ -36,3 +38,19 @@ class Mount:
     def detach(self):
         command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
         subprocess.run([*command, self.mnt], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def temporary(binary, folder):
+    """A new store, unmounted at the end; left where it is, for people to look at, if the test fails."""
+    name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    place = tempfile.mkdtemp(prefix=f"envelopefs-{name}-", dir=folder)
+    mount = Mount(binary, place)
+    try:
+        yield mount
+    except BaseException:
+        mount.kill()
+        print(f"{name}: the store is left in {place}", file=sys.stderr)
+        raise
+    mount.kill()
+    shutil.rmtree(place, ignore_errors=True)

@@ -9,17 +9,14 @@ program: every slot of every backing file names the last KEK; and through the mo
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import sys
-import tempfile
 import time
 
-from mounted import Mount
+from mounted import temporary
 
 MAGIC = b"ENVLPFS1"
 SLOT = 1024
@@ -103,73 +100,64 @@ def main():
     p.add_argument("--folder", help="where to make the temporary store")
     a = p.parse_args()
     print(f"rename_storm: seed {a.seed}", flush=True)
-    folder = tempfile.mkdtemp(prefix="envelopefs-storm-", dir=a.folder)
-    mount = Mount(a.binary, folder)
-    failed, movers = True, []
+    with temporary(a.binary, a.folder) as mount:
+        storm(mount, a)
+
+
+def storm(mount, a):
     stop, done = multiprocessing.Event(), multiprocessing.Queue()
-    try:
-        mount.mount()
-        for t in range(TOPS):
-            for s in range(SUBS):
-                os.makedirs(os.path.join(mount.mnt, f"t{t}", f"s{t}-{s}"))
-        each = a.files // a.movers
-        movers = [
-            multiprocessing.Process(target=move_files, args=(mount.mnt, n, f"{a.seed}/{n}", each, stop, done), daemon=True)
-            for n in range(a.movers)
-        ]
-        for m in movers:
-            m.start()
-        for _ in movers:
-            done.get(timeout=600)
-        movers.append(multiprocessing.Process(target=move_directories, args=(mount.mnt, f"{a.seed}/d", stop, done), daemon=True))
+    mount.mount()
+    for t in range(TOPS):
+        for s in range(SUBS):
+            os.makedirs(os.path.join(mount.mnt, f"t{t}", f"s{t}-{s}"))
+    movers = []
+
+    def start(target, *arguments):
+        movers.append(multiprocessing.Process(target=target, args=(mount.mnt, *arguments, stop, done), daemon=True))
         movers[-1].start()
-        began, runs, target = time.monotonic(), 0, None
-        while time.monotonic() - began < a.seconds:
-            pace = ["--full-speed"] if runs % 2 else []
-            took = time.monotonic()
-            report = json.loads(mount.run("rotate", mount.mnt, "--json", *pace).stdout)
-            if report["outcome"] != "complete" or report["verify"]["failed"]:
-                raise SystemExit(f"rename_storm: {report}")
-            if not all(m.is_alive() for m in movers):
-                raise SystemExit("rename_storm: a mover died")
-            runs, target = runs + 1, report["target"]
-            print(
-                f"rename_storm: rotation {runs}{' at full speed' if pace else ''}: {time.monotonic() - took:.1f} s, "
-                f"{report['passes']} passes, {report['verify']['scanned']} looked at in the last", flush=True)
-        stop.set()
-        moves, wanted, problems = 0, set(), []
-        for _ in movers:
-            _, names, n = done.get(timeout=600)
-            moves += n
-            wanted.update(names or [])
-        for at, _, names in os.walk(mount.mnt):
-            for name in names:
-                wanted.discard(name)
-                with open(os.path.join(at, name), "rb") as f:
-                    if f.read() != content(name):
-                        problems.append(f"{name}: not what was written")
-        problems += [f"{name}: gone" for name in wanted]
-        mount.run("unmount", mount.mnt)
-        left = keks_below(mount.backing)
-        if set(left) != {target}:
-            problems.append(f"slots by KEK: {left}, the last rotation's is {target}")
-        if problems:
-            sys.exit("rename_storm: " + "\n  ".join(problems[:20]))
-        print(mount.run("check", mount.backing, "--deep").stdout.strip())
-        print(f"rename_storm: {runs} rotations, all complete, under {moves} moves in {time.monotonic() - began:.0f} s; "
-              f"{left[target]} slots, all under the last KEK")
-        failed = False
-    finally:
-        stop.set()
-        for m in movers:
-            m.join(10)
-            with contextlib.suppress(ValueError):
-                m.kill()
-        mount.kill()
-        if failed:
-            print(f"rename_storm: the store is left in {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+
+    for n in range(a.movers):
+        start(move_files, n, f"{a.seed}/{n}", a.files // a.movers)
+    for _ in range(a.movers):
+        done.get(timeout=600)
+    start(move_directories, f"{a.seed}/d")
+    began, runs, target = time.monotonic(), 0, None
+    while time.monotonic() - began < a.seconds:
+        pace = ["--full-speed"] if runs % 2 else []
+        took = time.monotonic()
+        report = json.loads(mount.run("rotate", mount.mnt, "--json", *pace).stdout)
+        if report["outcome"] != "complete" or report["verify"]["failed"]:
+            sys.exit(f"rename_storm: {report}")
+        if not all(m.is_alive() for m in movers):
+            sys.exit("rename_storm: a mover died")
+        runs, target = runs + 1, report["target"]
+        print(
+            f"rename_storm: rotation {runs}{' at full speed' if pace else ''}: {time.monotonic() - took:.1f} s, "
+            f"{report['passes']} passes, {report['verify']['scanned']} looked at in the last", flush=True)
+    stop.set()
+    moves, wanted, problems = 0, set(), []
+    for _ in movers:
+        _, names, n = done.get(timeout=600)
+        moves += n
+        wanted.update(names or [])
+    for at, _, names in os.walk(mount.mnt):
+        for name in names:
+            wanted.discard(name)
+            with open(os.path.join(at, name), "rb") as f:
+                if f.read() != content(name):
+                    problems.append(f"{name}: not what was written")
+    problems += [f"{name}: gone" for name in wanted]
+    for m in movers:
+        m.join(60)
+    mount.run("unmount", mount.mnt)
+    left = keks_below(mount.backing)
+    if set(left) != {target}:
+        problems.append(f"slots by KEK: {left}, the last rotation's is {target}")
+    if problems:
+        sys.exit("rename_storm: " + "\n  ".join(problems[:20]))
+    print(mount.run("check", mount.backing, "--deep").stdout.strip())
+    print(f"rename_storm: {runs} rotations, all complete, under {moves} moves in {time.monotonic() - began:.0f} s; "
+          f"{left[target]} slots, all under the last KEK")
 
 
 if __name__ == "__main__":

@@ -203,3 +203,34 @@ pub trait Backing: Send + Sync + Sized + 'static {
 pub fn read_into<B: Backing>(b: &B, file: &B::File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     b.read_at(file, &mut [IoSliceMut::new(buf)], offset)
 }
+
+/// A new file with this content, durable but for its name; in the place of what had this name, which must not be relied
+/// on. To be renamed to where it is wanted.
+///
+/// # Errors
+/// The backing directory's; there may be part of a file then.
+pub fn write_new<B: Backing>(b: &B, folder: &B::Node, name: &[u8], bytes: &[u8]) -> io::Result<()> {
+    match b.unlink(folder, name) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let (_node, file) = b.create(folder, name, 0o600, 0)?;
+    b.write_at(&file, bytes, 0)?;
+    b.sync_file(&file)
+}
+
+/// The content of a file; `None` if it is longer than `longest` bytes.
+///
+/// # Errors
+/// The backing directory's.
+pub fn read_whole<B: Backing>(b: &B, folder: &B::Node, name: &[u8], longest: usize) -> io::Result<Option<Vec<u8>>> {
+    let file = b.open(&b.lookup(folder, name)?, Access::Read)?;
+    let size = usize::try_from(b.stat_file(&file)?.size).unwrap_or(usize::MAX);
+    if size > longest {
+        return Ok(None);
+    }
+    let mut bytes = vec![0u8; size];
+    let n = read_into(b, &file, &mut bytes, 0)?;
+    bytes.truncate(n);
+    Ok(Some(bytes))
+}

@@ -4,7 +4,7 @@
 //! write is: temporary file, write, sync, read back by a new open and compare, rename over the copy, sync the folder.
 //! So at every instant at least one copy is whole, and after an update that returned no copy holds what it removed.
 
-use crate::backing::{Access, Backing, RenameMode, read_into};
+use crate::backing::{self, Backing, RenameMode};
 use crate::format::damage::Damage;
 use crate::format::keyring::{Decoded, KEYRING_MAX, Keyring};
 use crate::store::{Result, StoreError};
@@ -101,15 +101,7 @@ pub fn candidates(found: [Found; 2]) -> Result<(Vec<Decoded>, Vec<BadCopy>)> {
 
 /// The content of a file, or `None` if it is longer than a keyring can be.
 pub fn read<B: Backing>(b: &B, folder: &B::Node, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
-    let file = b.open(&b.lookup(folder, name)?, Access::Read)?;
-    let size = usize::try_from(b.stat_file(&file)?.size).unwrap_or(usize::MAX);
-    if size > KEYRING_MAX {
-        return Ok(None);
-    }
-    let mut bytes = vec![0u8; size];
-    let n = read_into(b, &file, &mut bytes, 0)?;
-    bytes.truncate(n);
-    Ok(Some(bytes))
+    backing::read_whole(b, folder, name, KEYRING_MAX)
 }
 
 /// Puts `bytes` in the place of copy `name`, durably; `check` sees them as read back before the old copy is replaced.
@@ -123,7 +115,7 @@ pub fn replace<B: Backing>(
     bytes: &[u8],
     check: impl FnOnce(&[u8]) -> Result<()>,
 ) -> Result<()> {
-    let ready = write_temp(b, folder, bytes).map_err(StoreError::from).and_then(|()| {
+    let ready = backing::write_new(b, folder, TEMP, bytes).map_err(StoreError::from).and_then(|()| {
         let back = read(b, folder, TEMP)?.unwrap_or_default();
         if back != bytes {
             return Err(Damage::KeyringUnreadable.into());
@@ -138,14 +130,4 @@ pub fn replace<B: Backing>(
     b.rename(folder, TEMP, folder, name.as_bytes(), RenameMode::Replace)?;
     b.sync_dir(folder)?;
     Ok(())
-}
-
-fn write_temp<B: Backing>(b: &B, folder: &B::Node, bytes: &[u8]) -> io::Result<()> {
-    match b.unlink(folder, TEMP) {
-        Err(e) if !is_absent(&e) => return Err(e),
-        _ => {}
-    }
-    let (_node, file) = b.create(folder, TEMP, 0o600, 0)?;
-    b.write_at(&file, bytes, 0)?;
-    b.sync_file(&file)
 }

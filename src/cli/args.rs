@@ -267,6 +267,12 @@ pub struct RotateArgs {
     /// Stop the rotation under way; a later rotate finishes it
     #[arg(long, group = "steer")]
     pub cancel: bool,
+    /// Say how the rotation under way stands, or how the last one ended
+    #[arg(long, group = "steer")]
+    pub status: bool,
+    /// Be complete although what FILE lists fails: a path a line, as a report's failures name it
+    #[arg(long, value_name = "FILE", conflicts_with = "steer")]
+    pub waive: Option<PathBuf>,
     /// Destroy the old KEK once no header names it
     #[arg(long)]
     pub destroy_old: bool,

@@ -2,6 +2,7 @@
 
 use super::args::OpenKeys;
 use super::place::Place;
+use super::rotation_status::OnDisk;
 use super::status::{KekView, KeyringView, word};
 use super::{key, output};
 use crate::daemon::fault::{Fault, FaultKind};
@@ -21,7 +22,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// store's.
 pub fn run(target: &Path, count: bool, json: bool, keys: &OpenKeys) -> Result<(), Fault> {
     let place = Place::find(target)?;
-    let mut view = KeyringView::from(&place.keyring);
+    let mut view = KeyringView::new(&place.keyring, &OnDisk::find(&place));
     if count {
         let report = count_headers(&place, keys)?;
         for k in &mut view.keks {
@@ -85,6 +86,9 @@ fn kek(v: &KeyringView, k: &KekView, now: u64) -> String {
     ];
     let times = happened.iter().filter(|(_, at)| *at > 0).map(|(what, at)| format!("{what} {}", rfc3339_seconds(*at)));
     t += &format!("           {}\n", times.collect::<Vec<_>>().join(", "));
+    if let Some(n) = k.waived {
+        t += &format!("           unused but for what was waived: {n}; see rotate --status\n");
+    }
     let uri = |id| v.root_keys.iter().find(|r| r.id == id).map_or_else(|| id.to_string(), |r| r.uri.clone());
     let roots: Vec<String> = k.root_keys.iter().map(|id| uri(*id)).collect();
     t += &match (k.state, roots.is_empty()) {
@@ -151,6 +155,7 @@ mod tests {
             destroyed: if state == KekState::Destroyed { retired } else { 0 },
             root_keys,
             headers,
+            waived: (state == KekState::Retired).then_some(2),
         };
         let v = KeyringView {
             store: StoreId([9; 16]),
@@ -158,11 +163,12 @@ mod tests {
             root_keys: vec![root(a, "keyfile:/k"), root(b, "passphrase:")],
             keks: vec![
                 k(3, KekState::Destroyed, 1_790_086_400, vec![], Some(0)),
+                k(5, KekState::Retired, 1_790_086_400, vec![a], None),
                 k(4, KekState::Active, 0, vec![a, b], Some(12)),
             ],
             uncounted: Some(2),
         };
-        let [one, two, three, four] = [1, 2, 3, 4].map(|n: u8| format!("{n:02}").repeat(16));
+        let [one, two, three, four, five] = [1, 2, 3, 4, 5].map(|n: u8| format!("{n:02}").repeat(16));
         assert_eq!(
             text(&v, 1_790_086_400),
             format!(
@@ -171,6 +177,11 @@ mod tests {
                  created 2026-09-21T14:13:20Z, activated 2026-09-21T14:13:21Z, retired 2026-09-22T14:13:20Z, \
                  proved unused 2026-09-22T14:13:20Z, destroyed 2026-09-22T14:13:20Z\n           \
                  opened by nothing\n           named by 0 headers\n  \
+                 KEK      {five} retired, sealed, 1 day old\n           \
+                 created 2026-09-21T14:13:20Z, activated 2026-09-21T14:13:21Z, retired 2026-09-22T14:13:20Z, \
+                 proved unused 2026-09-22T14:13:20Z\n           \
+                 unused but for what was waived: 2; see rotate --status\n           \
+                 opened by keyfile:/k\n  \
                  KEK      {four} active, sealed, 1 day old\n           \
                  created 2026-09-21T14:13:20Z, activated 2026-09-21T14:13:21Z\n           \
                  opened by keyfile:/k, passphrase:\n           named by 12 headers\n  \

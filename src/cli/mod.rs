@@ -24,10 +24,12 @@ pub mod recovery;
 pub mod report;
 pub mod root_keys;
 pub mod rotate;
+pub mod rotation_status;
 pub mod seals;
 pub mod speed;
 pub mod status;
 pub mod unmount;
+pub mod waivers;
 
 use crate::daemon::fault::Fault;
 use crate::daemon::process;

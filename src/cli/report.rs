@@ -9,15 +9,13 @@ use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::process;
 use crate::daemon::protocol::Sealed;
 use crate::format::time::rfc3339_seconds;
+use crate::rotation::sealed::LONGEST;
 use crate::rotation::{Outcome, Report, SealedReport};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-
-/// Longest file that is read. One that names as many failures as a report may, with the longest paths, is shorter.
-const FILE_MAX: u64 = 128 << 20;
 
 /// A report's file before there is anything to write: a temporary file next to it, so that a rotation of hours does not
 /// end with a directory that cannot be written. Goes away when dropped.
@@ -132,7 +130,7 @@ pub fn verify(file: &Path, target: Option<&Path>, json: bool, keys: &OpenKeys) -
 fn read(path: &Path) -> Result<Vec<u8>, Fault> {
     let fail = |e: io::Error| Fault::io("read", path, &e);
     let mut bytes = Vec::new();
-    File::open(path).map_err(fail)?.take(FILE_MAX).read_to_end(&mut bytes).map_err(fail)?;
+    File::open(path).map_err(fail)?.take(LONGEST as u64).read_to_end(&mut bytes).map_err(fail)?;
     Ok(bytes)
 }
 
@@ -171,9 +169,18 @@ fn in_words(r: &Report) -> String {
     for k in &r.destroyed {
         t += &format!("destroyed  KEK {k}\n");
     }
+    for k in &r.kept {
+        t += &format!("kept       KEK {k}, for what is waived\n");
+    }
+    if !r.waived.is_empty() {
+        t += &format!("waived     {}\n", r.waived.len());
+    }
+    for f in &r.waived {
+        t += &format!("  {}\n", f.in_words());
+    }
     t += &format!("failures   {}\n", r.failures_total);
     for f in &r.failures {
-        t += &format!("  {}: {} ({})\n", f.path, f.message, f.code);
+        t += &format!("  {}\n", f.in_words());
     }
     t + &format!("proves     {}\n", proves(r))
 }
@@ -190,6 +197,10 @@ fn outcome(o: Outcome) -> &'static str {
 
 fn proves(r: &Report) -> String {
     match r.outcome {
+        Outcome::Complete if !r.waived.is_empty() => format!(
+            "when it ended, every header of the store named KEK {} in both slots, and no other, but for what is waived",
+            r.target
+        ),
         Outcome::Complete => {
             format!("when it ended, every header of the store named KEK {} in both slots, and no other", r.target)
         }

@@ -5,14 +5,14 @@ use super::config::Config;
 use super::place::Place;
 use super::progress::Meter;
 use super::report::ReportFile;
-use super::{advice, audit, output, root_keys};
+use super::{advice, audit, output, root_keys, rotation_status, waivers};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
 use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState};
 use crate::daemon::{open, rotate};
 use crate::kms::ConnectOptions;
-use crate::rotation::{Control, Options, Outcome, Progress, Report, SealedReport, State, Status};
+use crate::rotation::{Control, Options, Outcome, Progress, Report, SealedReport, State, Status, Waivers};
 use crate::store::{Store, StoreOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::path::{Path, PathBuf};
@@ -22,15 +22,20 @@ use std::time::Duration;
 /// Runs the subcommand.
 ///
 /// # Errors
-/// [`FaultKind::RotationIncomplete`] if files are left; [`FaultKind::Locked`]; root keys; the store's.
+/// [`FaultKind::RotationIncomplete`] if files are left that are not waived; [`FaultKind::Usage`] of a list of waivers;
+/// [`FaultKind::Locked`]; root keys; the store's.
 pub fn run(a: &RotateArgs) -> Result<(), Fault> {
     let place = Place::find(&a.target)?;
+    if a.status {
+        return rotation_status::run(&place, a.json);
+    }
     let connection = place.connect()?;
     let steer = [(a.pause, Request::RotatePause), (a.resume, Request::RotateResume), (a.cancel, Request::RotateCancel)];
     if let Some((_, request)) = steer.into_iter().find(|(asked, _)| *asked) {
         let c = connection.ok_or_else(|| not_mounted(&place, "no rotation is under way: the store is not mounted"))?;
         return c.ask(&request, |_| {}).map(drop);
     }
+    let waive = waivers::read(a.waive.as_deref())?;
     let file = report_file(a, &place)?;
     match connection {
         Some(c) => {
@@ -50,6 +55,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
                 restart: a.restart,
                 detach: a.detach,
                 destroy_old: a.destroy_old,
+                waive: waive.paths().map(str::to_owned).collect(),
             };
             let meter = Meter::new(a.json);
             let reply = c.ask(&Request::Rotate(request), |s| show(&meter, s))?;
@@ -63,7 +69,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         None if a.detach => {
             Err(not_mounted(&place, "--detach leaves the rotation to the daemon: the store is not mounted"))
         }
-        None => offline(a, &place, file),
+        None => offline(a, &place, file, waive),
     }
 }
 
@@ -105,7 +111,7 @@ fn ended(s: RotationState, a: &RotateArgs, file: Option<ReportFile>) -> Result<(
     }
 }
 
-fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>) -> Result<(), Fault> {
+fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>, waive: Waivers) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
     let _lock = VolumeLock::take(&place.backing, "rotate")?;
     let config = Config::load(a.open.access.config.as_deref())?;
@@ -128,6 +134,7 @@ fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>) -> Result<()
         if_older_than: a.if_older_than,
         dry_run: a.dry_run,
         destroy_old: a.destroy_old,
+        waive: Arc::new(waive),
         restart: a.restart,
     };
     let store = Store::open(b, keys, StoreOptions::default()).map_err(|e| fail(&e))?;
@@ -182,7 +189,7 @@ pub(super) fn show(meter: &Meter, s: &Status) {
 }
 
 /// Why it does not get on, if so.
-fn standing(s: &Status) -> &'static str {
+pub(super) fn standing(s: &Status) -> &'static str {
     match (s.paused, s.waiting) {
         (true, _) => ", paused",
         (false, true) => ", waiting for the key service",
@@ -190,7 +197,7 @@ fn standing(s: &Status) -> &'static str {
     }
 }
 
-fn phase(s: State) -> &'static str {
+pub(super) fn phase(s: State) -> &'static str {
     match s {
         State::Staged => "staging the new KEK",
         State::Sweeping => "rewrapping",
@@ -210,14 +217,14 @@ pub fn in_words(s: &RotationState) -> String {
             format!("{}, {}{of} files, pass {}{}", phase(t.state), t.counts.scanned, t.pass, standing(t))
         }
         (_, Some(r), _) => {
-            format!("last one {}: {} files moved to KEK {}", outcome(r.outcome), r.sweep.rewrapped, r.target)
+            format!("last one {}", moved(r))
         }
         (_, _, Some(f)) => format!("last one failed: {f}"),
         _ => "starting".into(),
     }
 }
 
-fn outcome(o: Outcome) -> &'static str {
+pub(super) fn outcome(o: Outcome) -> &'static str {
     match o {
         Outcome::Complete => "complete",
         Outcome::Incomplete => "incomplete",
@@ -236,6 +243,7 @@ fn finish(r: &Report, s: Option<&SealedReport>, file: Option<ReportFile>, a: &Ro
         let place = place.map_or(String::new(), |p| format!("report written to {}\n", p.display()));
         output::print(&(text(r) + &place))?;
     }
+    waivers::tell(r);
     if r.is_done() {
         if r.outcome == Outcome::Complete && !a.json {
             let at = a.target.display();
@@ -267,15 +275,11 @@ fn text(r: &Report) -> String {
     if r.outcome == Outcome::NotDue {
         return format!("not due: KEK {} is younger than asked for; nothing was done\n", r.target);
     }
-    if r.outcome == Outcome::DryRun {
-        let todo = r.sweep.scanned - r.sweep.current.min(r.sweep.scanned);
-        return format!(
-            "dry run: {} files, {} without a header, {} under KEK {} already, {} in all to look at\n",
-            r.sweep.scanned, r.sweep.empty, r.sweep.current, r.target, todo
-        );
-    }
-    let mut t = format!("{}: {} files moved to KEK {}\n", outcome(r.outcome), r.sweep.rewrapped, r.target);
-    if let Some(v) = &r.verify {
+    let mut t = match r.outcome {
+        Outcome::DryRun => counted(r),
+        _ => moved(r) + "\n",
+    };
+    if let Some(v) = r.verify.filter(|_| r.outcome != Outcome::DryRun) {
         t += &format!("verified: {} headers under it in both slots, {} files without a header\n", v.current, v.empty);
     }
     for k in &r.retired {
@@ -284,8 +288,27 @@ fn text(r: &Report) -> String {
     for k in &r.destroyed {
         t += &format!("destroyed KEK {k}\n");
     }
+    for f in &r.waived {
+        t += &format!("waived: {}\n", f.in_words());
+    }
     for f in &r.failures {
-        t += &format!("failed: {}: {} ({})\n", f.path, f.message, f.code);
+        t += &format!("failed: {}\n", f.in_words());
     }
     t
+}
+
+/// How a rotation ended and how far it came.
+fn moved(r: &Report) -> String {
+    let except = if r.waived.is_empty() { String::new() } else { format!(", {} waived", r.waived.len()) };
+    format!("{}: {} files moved to KEK {}{except}", outcome(r.outcome), r.sweep.rewrapped, r.target)
+}
+
+/// What a dry run saw.
+fn counted(r: &Report) -> String {
+    let c = r.verify.unwrap_or_default();
+    let todo = c.scanned.saturating_sub(c.current + c.empty + c.vanished + c.failed);
+    format!(
+        "dry run: {} files, {} without a header, {} under KEK {} already, {todo} to move\n",
+        c.scanned, c.empty, c.current, r.target
+    )
 }

@@ -1,8 +1,9 @@
 //! `status`: what a store is and how it stands. Needs no key.
 
 use super::args::StatusArgs;
-use super::output;
 use super::place::Place;
+use super::rotation_status::OnDisk;
+use super::{output, rotation_status};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::protocol::{DaemonStatus, KeysState, KeysStatus, Reply, Request};
@@ -21,8 +22,8 @@ struct Status {
     /// Some process has the store: a daemon, a rotation or a check.
     locked: bool,
     plaintext_names: bool,
-    /// A rotation was begun and has not proved yet that no header names an old KEK.
-    rotation_unfinished: bool,
+    #[serde(flatten)]
+    rotation: OnDisk,
     keyring: KeyringView,
     /// What the daemon says of itself; `null` if the store is not mounted.
     daemon: Option<DaemonStatus>,
@@ -63,12 +64,16 @@ pub struct KekView {
     /// Headers that name it; only if they were counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub headers: Option<u64>,
+    /// Files and directories that were waived when it was proved unused; only if there were any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waived: Option<u64>,
 }
 
-impl From<&Keyring> for KeyringView {
-    fn from(k: &Keyring) -> Self {
-        let roots = k.roots.iter().map(|r| RootKeyView { id: r.id, uri: r.uri.clone() }).collect();
-        let keks = k.keks.iter().map(|k| KekView {
+impl KeyringView {
+    /// `ring`, and what rotations left out.
+    pub fn new(ring: &Keyring, rotation: &OnDisk) -> Self {
+        let roots = ring.roots.iter().map(|r| RootKeyView { id: r.id, uri: r.uri.clone() }).collect();
+        let keks = ring.keks.iter().map(|k| KekView {
             id: k.id,
             kind: k.kind,
             state: k.state,
@@ -79,8 +84,9 @@ impl From<&Keyring> for KeyringView {
             destroyed: k.destroyed,
             root_keys: k.wraps.iter().map(|w| w.root).collect(),
             headers: None,
+            waived: rotation.waived_of(k),
         });
-        Self { store: k.store, generation: k.generation, root_keys: roots, keks: keks.collect(), uncounted: None }
+        Self { store: ring.store, generation: ring.generation, root_keys: roots, keks: keks.collect(), uncounted: None }
     }
 }
 
@@ -92,6 +98,7 @@ pub fn run(a: &StatusArgs) -> Result<(), Fault> {
     let place = Place::find(&a.target)?;
     let daemon = ask(&place)?;
     let k = &place.keyring;
+    let rotation = OnDisk::find(&place);
     let status = Status {
         store: k.store,
         backing: place.backing.display().to_string(),
@@ -99,15 +106,15 @@ pub fn run(a: &StatusArgs) -> Result<(), Fault> {
         mountpoint: daemon.as_ref().map(|d| d.mountpoint.clone()),
         locked: VolumeLock::is_taken(&place.backing),
         plaintext_names: k.plaintext_names(),
-        rotation_unfinished: k.keks.iter().any(is_unfinished),
-        keyring: k.into(),
+        keyring: KeyringView::new(k, &rotation),
+        rotation,
         daemon,
     };
     if a.json { output::print_json(&status) } else { output::print(&text(&status)) }
 }
 
 /// The daemon's answer; `None` if there is no daemon. Somebody else having the store (an offline rotation) is no error.
-fn ask(place: &Place) -> Result<Option<DaemonStatus>, Fault> {
+pub(super) fn ask(place: &Place) -> Result<Option<DaemonStatus>, Fault> {
     let dead = place.mount.as_ref().filter(|m| crate::daemon::mounts::is_dead(&m.mountpoint));
     match place.connect() {
         Ok(Some(c)) => match c.ask(&Request::Status, |_| {})? {
@@ -127,7 +134,7 @@ fn ask(place: &Place) -> Result<Option<DaemonStatus>, Fault> {
 }
 
 /// Whether `k` is on its way in or out: staged and not active yet, or retired and maybe still named by some header.
-fn is_unfinished(k: &KekRecord) -> bool {
+pub(super) fn is_unfinished(k: &KekRecord) -> bool {
     k.state == KekState::Pending || (k.state == KekState::Retired && k.is_needed())
 }
 
@@ -151,9 +158,11 @@ fn text(s: &Status) -> String {
             t += &format!("rotation  {}\n", super::rotate::in_words(r));
         }
     }
-    if s.rotation_unfinished && !s.daemon.as_ref().and_then(|d| d.rotation.as_ref()).is_some_and(|r| r.running) {
+    if s.rotation.rotation_unfinished && !s.daemon.as_ref().and_then(|d| d.rotation.as_ref()).is_some_and(|r| r.running)
+    {
         t += "rotation  unfinished; the next rotate goes on with it\n";
     }
+    t += &s.rotation.exceptions.as_ref().map_or_else(String::new, rotation_status::in_words);
     t + &keys(&s.keyring)
 }
 

@@ -78,7 +78,7 @@ struct Watched<'a> {
 impl rotation::Progress for Watched<'_> {
     fn update(&self, s: &rotation::Status) {
         let mut client = self.client.lock();
-        if client.is_gone() || client.send(&Reply::Progress(s.clone())).is_err() {
+        if client.is_gone() || client.send(&Reply::Progress(Box::new(s.clone()))).is_err() {
             tracing::info!("the client that waits for a scan has gone: cancelling it");
             self.control.cancel();
         }
@@ -244,6 +244,7 @@ impl Control {
     fn rotate_options(&self, r: &RotateRequest) -> Result<rotation::Options, Fault> {
         let uris = open::parse(&r.keys)?;
         let root = uris.iter().map(|u| self.connect_to(u, r.passphrase.as_ref(), false)).collect::<Result<_, _>>()?;
+        let waive = rotation::Waivers::new(r.waive.iter().map(String::as_str));
         Ok(rotation::Options {
             kek: r.kek,
             root,
@@ -254,6 +255,7 @@ impl Control {
             if_older_than: r.if_older_than,
             dry_run: r.dry_run,
             destroy_old: r.destroy_old,
+            waive: Arc::new(waive.map_err(|e| Fault::new(FaultKind::Usage, format!("waivers: {e}")))?),
             restart: r.restart,
         })
     }

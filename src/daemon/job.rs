@@ -233,7 +233,7 @@ impl Job {
                 return leave(io::ErrorKind::BrokenPipe.into());
             }
             if let Some(s) = state.status.filter(|s| told.as_ref() != Some(s)) {
-                if let Err(e) = client.send(&Reply::Progress(s.clone())) {
+                if let Err(e) = client.send(&Reply::Progress(Box::new(s.clone()))) {
                     return leave(e);
                 }
                 told = Some(s);
@@ -245,6 +245,7 @@ impl Job {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rotation::{Outcome, State};
 
     fn cancelled() -> Fault {
         Fault::new(FaultKind::RotationIncomplete, "cancelled")
@@ -267,6 +268,73 @@ mod tests {
         assert_eq!(s.fault, Some(cancelled()));
         // The daemon closes the store now and lets others have it.
         assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().message, "the store is being unmounted");
+    }
+
+    /// Stops a run as it comes into a state, until the test has done what it wants.
+    struct StopAt<'a> {
+        state: State,
+        teller: &'a dyn Progress,
+        there: std::sync::mpsc::SyncSender<()>,
+        go_on: parking_lot::Mutex<std::sync::mpsc::Receiver<()>>,
+    }
+
+    impl Progress for StopAt<'_> {
+        fn update(&self, s: &Status) {
+            self.teller.update(s);
+            if s.state == self.state && self.there.try_send(()).is_ok() {
+                // Fails once the test has gone on.
+                let _ = self.go_on.lock().recv();
+            }
+        }
+    }
+
+    /// A rotation of a store in use, as the control socket steers it.
+    #[test]
+    fn a_rotation_is_paused_resumed_and_cancelled_in_each_state() {
+        use crate::store::keys::{Keys, StoreFlags};
+        use crate::store::{Store, StoreOptions};
+        let root: Vec<Arc<dyn crate::kms::KeyProvider>> = vec![crate::kms::scripted::Scripted::new("root")];
+        for state in [State::Staged, State::Sweeping, State::Verifying, State::Retiring] {
+            let disk = crate::backing::sim::SimDisk::default();
+            let kind = crate::format::keyring::KekKind::Sealed;
+            Store::init(&disk, &root, kind, StoreFlags::default()).unwrap();
+            let keys = Keys::open(&disk, &root).unwrap();
+            let store = Store::open(disk, keys, StoreOptions::default()).unwrap();
+            let (_, _, file) = store.create(&store.root(), b"f", 0o600, 0, None).unwrap();
+            file.write(0, b"x").unwrap();
+            let job = Arc::new(Job::default());
+            for switch in [Control::pause, Control::resume, Control::cancel] {
+                assert_eq!(job.steer(switch).unwrap_err().message, "no rotation of this store is under way");
+            }
+            let (there, arrived) = std::sync::mpsc::sync_channel(1);
+            let (go, go_on) = std::sync::mpsc::channel();
+            let running = store.clone();
+            job.start(move |teller, control| {
+                let stop = StopAt { state, teller, there, go_on: parking_lot::Mutex::new(go_on) };
+                let report = crate::daemon::rotate::mounted(&running, &Default::default(), &stop, control);
+                let report = report.map_err(|e| Fault::new(FaultKind::Other, e.to_string()))?;
+                let sealed = crate::daemon::rotate::seal(&running, &report);
+                Ok((report, sealed))
+            })
+            .unwrap();
+            arrived.recv().unwrap();
+            assert_eq!(job.state().unwrap().status.unwrap().state, state);
+            for switch in
+                [Control::resume, Control::pause, Control::pause, Control::resume, Control::cancel, Control::pause]
+            {
+                job.steer(switch).unwrap();
+            }
+            drop(go);
+            while job.state().unwrap().running {
+                std::thread::yield_now();
+            }
+            let report = job.state().unwrap().report.unwrap();
+            let ended = if state == State::Retiring { Outcome::Complete } else { Outcome::Cancelled };
+            assert_eq!(report.outcome, ended, "{state:?}");
+            assert_eq!(job.steer(Control::cancel).unwrap_err().kind, FaultKind::Usage, "{state:?}");
+            let again = crate::daemon::rotate::mounted(&store, &Default::default(), &(), &Control::new()).unwrap();
+            assert_eq!((again.outcome, again.resumed), (Outcome::Complete, state != State::Retiring), "{state:?}");
+        }
     }
 
     #[test]

@@ -13,8 +13,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwn
 use std::io::{self, BufRead, Write};
 use std::num::{NonZeroU32, NonZeroUsize};
 
-/// Longest line the daemon accepts, in bytes.
-pub const LINE_MAX: u64 = 1 << 20;
+/// Longest line the daemon accepts, in bytes: a request to rotate with the longest list of waivers
+/// ([`crate::rotation::waive::BYTES_MAX`]), whose every byte may be escaped.
+pub const LINE_MAX: u64 = 16 << 20;
 /// Longest line a client accepts, in bytes: a report can name thousands of files ([`crate::rotation::report::FAILURES_MAX`]),
 /// and a reply holds it twice.
 pub const REPLY_MAX: u64 = 256 << 20;
@@ -138,6 +139,9 @@ pub struct RotateRequest {
     pub detach: bool,
     /// Destroy the old KEK once nothing names it.
     pub destroy_old: bool,
+    /// Paths that may fail, as reports name them.
+    #[serde(default)]
+    pub waive: Vec<String>,
 }
 
 /// A passphrase or a recovery key on its way through the socket: wiped when dropped, never shown.
@@ -210,7 +214,7 @@ impl std::fmt::Debug for Hidden {
 pub enum Reply {
     Status(Box<DaemonStatus>),
     /// More lines follow.
-    Progress(Status),
+    Progress(Box<Status>),
     /// The rotation's report, or its present state.
     Rotation(Box<RotationState>),
     /// The KEK is destroyed.
@@ -486,7 +490,12 @@ mod tests {
     /// With paths as long as one call may name, a reply is longer than any request may be.
     #[test]
     fn a_report_that_names_as_many_failures_as_it_may_travels() {
-        let failure = Failure { path: "d/".repeat(2048), code: "EIO".into(), message: "Input/output error".into() };
+        let failure = Failure {
+            path: "d/".repeat(2048),
+            code: "EIO".into(),
+            message: "Input/output error".into(),
+            directory: false,
+        };
         let id = "01".repeat(16);
         let report = serde_json::json!({
             "outcome": "incomplete", "store": id, "version": "0", "target": id, "resumed": false, "started": 1,

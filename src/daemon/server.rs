@@ -160,7 +160,7 @@ pub fn open_dir(path: &Path) -> io::Result<std::os::fd::OwnedFd> {
 mod tests {
     use super::*;
     use crate::daemon::client::Connection;
-    use crate::rotation::{Counts, State, Status};
+    use crate::rotation::{State, Status};
 
     struct Echo;
 
@@ -168,7 +168,7 @@ mod tests {
         fn handle(&self, request: Request, client: &mut Client) -> io::Result<()> {
             match request {
                 Request::RotateStatus => {
-                    client.send(&Reply::Progress(running(3)))?;
+                    client.send(&Reply::Progress(Box::new(running(3))))?;
                     client.send(&Reply::Done)
                 }
                 _ => client.send(&Reply::Failed(Fault::new(FaultKind::Usage, "no"))),
@@ -177,18 +177,7 @@ mod tests {
     }
 
     fn running(pass: u32) -> Status {
-        Status {
-            state: State::Sweeping,
-            paused: false,
-            waiting: false,
-            target: None,
-            pass,
-            counts: Counts::default(),
-            expected: None,
-            rate: 0.0,
-            elapsed: 0.0,
-            eta: None,
-        }
+        Status { state: State::Sweeping, pass, ..Status::default() }
     }
 
     fn dir() -> tempfile::TempDir {

@@ -165,6 +165,14 @@ pub enum Change<'a> {
         /// The stable code of what it failed for.
         result: Result<(), &'a str>,
     },
+    /// A rotation to the KEK `target` is complete although it could not deal with the file or directory `path`, for that
+    /// was waived.
+    Waived {
+        target: [u8; 16],
+        path: &'a str,
+        /// The stable code of why it failed.
+        code: &'a str,
+    },
     /// To the store as a whole. `about`: where, why or by which root key; without secrets.
     Store { change: StoreChange, about: &'a str },
 }

@@ -5,7 +5,8 @@
 //! single file that cannot be looked at, is reason to leave it be.
 
 use super::control::{Cancelled, Control};
-use super::pass::{Failures, Pass};
+use super::failures::{Failed, Failures};
+use super::pass::Pass;
 use super::report::{Counts, Progress, State, Status};
 use super::run::Context;
 use super::turns::Turns;
@@ -17,6 +18,7 @@ use crate::format::keyring::KekState;
 use crate::store::{Result, StoreError};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 /// A KEK that was destroyed.
@@ -69,9 +71,12 @@ fn prove_unused<B: Backing>(
     let failures = Failures::default();
     let options = super::Options::default();
     let turns = Turns::new(&options, control, &ctx.shared.load);
+    // No waiver excuses anything here: what is not known must not be lost.
+    let excused = BTreeSet::new();
     let verify = Verify {
         shared: ctx.shared,
         target: active,
+        excused: &excused,
         unwanted: Some(kek),
         turns: &turns,
         failures: &failures,
@@ -108,9 +113,9 @@ fn refusal(found: &Found, failures: &Failures, whole: bool) -> Option<String> {
         let paths = listed(&found.unwanted_paths, found.unwanted);
         return Some(format!("{} {what} it: {paths}; rotate to move them to the active KEK", found.unwanted));
     }
-    let (first, total) = failures.take();
+    let Failed { named, total, .. } = failures.take();
     if total > 0 {
-        let paths: Vec<String> = first.iter().map(|f| format!("{} ({})", f.path, f.code)).collect();
+        let paths: Vec<String> = named.iter().map(|f| format!("{} ({})", f.path, f.code)).collect();
         let what = if total == 1 { "file" } else { "files" };
         return Some(format!(
             "{total} {what} could not be looked at: {}; look closer with check",
@@ -122,7 +127,7 @@ fn refusal(found: &Found, failures: &Failures, whole: bool) -> Option<String> {
 
 /// The first few of `total` paths.
 fn listed(paths: &[String], total: u64) -> String {
-    let shown: Vec<String> = paths.iter().take(PATHS_MAX).map(|p| p.escape_debug().to_string()).collect();
+    let shown: Vec<String> = paths.iter().take(PATHS_MAX).cloned().collect();
     let more = total.saturating_sub(shown.len() as u64);
     let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
     shown.join(", ") + &tail
@@ -133,16 +138,5 @@ pub(super) const PATHS_MAX: usize = 3;
 
 fn status(kek: KekId, counts: Counts, paused: bool, elapsed: f64) -> Status {
     let rate = if elapsed > 0.0 { counts.scanned as f64 / elapsed } else { 0.0 };
-    Status {
-        state: State::Verifying,
-        paused,
-        waiting: false,
-        target: Some(kek),
-        pass: 1,
-        counts,
-        expected: None,
-        rate,
-        elapsed,
-        eta: None,
-    }
+    Status { state: State::Verifying, paused, target: Some(kek), pass: 1, counts, rate, elapsed, ..Status::default() }
 }

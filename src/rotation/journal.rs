@@ -28,8 +28,8 @@ impl<'a, B: Backing> Journal<'a, B> {
     pub(super) fn open(backing: &'a B, keys: &Keys) -> Self {
         let key = kdf::derive(keys.secret().secret(), label::REPORT_MAC, b"journal");
         let mut j = Self { backing, key, last: None };
-        match j.find() {
-            Ok(file) => j.last = file.and_then(|f| j.read(&f)),
+        match find(backing) {
+            Ok(file) => j.last = file.and_then(|f| read(backing, &f, |b| Record::decode(b, &j.key))),
             Err(e) => tracing::warn!("rotation journal cannot be opened: {e}"),
         }
         j
@@ -50,32 +50,6 @@ impl<'a, B: Backing> Journal<'a, B> {
         }
     }
 
-    fn find(&self) -> io::Result<Option<B::File>> {
-        let found = self
-            .backing
-            .lookup(&self.backing.root()?, STORE_DIR)
-            .and_then(|d| self.backing.lookup(&d, FOLDER))
-            .and_then(|d| self.backing.lookup(&d, FILE));
-        match found {
-            Ok(node) if self.backing.stat(&node)?.kind == Kind::File => {
-                // Read-only, so that a dry run writes nothing; `write` opens it again.
-                self.backing.open(&node, Access::Read).map(Some)
-            }
-            Ok(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-            Err(e) if is_gone(&e) => Ok(None),
-            Err(e) => Err(e),
-        }
-    }
-
-    fn read(&self, file: &B::File) -> Option<Record> {
-        let copy = |n: u64| {
-            let mut b = [0u8; RECORD_LEN];
-            let got = backing::read_into(self.backing, file, &mut b, n * RECORD_LEN as u64).ok()?;
-            if got == RECORD_LEN { Record::decode(&b, &self.key) } else { None }
-        };
-        [copy(0), copy(1)].into_iter().flatten().max_by_key(|r| r.sequence)
-    }
-
     fn write(&mut self, record: &Record) -> io::Result<()> {
         let file = self.create()?;
         self.backing.write_at(&file, &record.encode(&self.key), record.sequence % 2 * RECORD_LEN as u64)?;
@@ -84,15 +58,7 @@ impl<'a, B: Backing> Journal<'a, B> {
 
     /// The journal open for writing; made, durably, if it is not there.
     fn create(&self) -> io::Result<B::File> {
-        let store = self.backing.lookup(&self.backing.root()?, STORE_DIR)?;
-        let folder = match self.backing.lookup(&store, FOLDER) {
-            Err(e) if is_gone(&e) => {
-                self.backing.mkdir(&store, FOLDER, 0o700, 0)?;
-                self.backing.sync_dir(&store)?;
-                self.backing.lookup(&store, FOLDER)?
-            }
-            other => other?,
-        };
+        let folder = make_folder(self.backing)?;
         match self.backing.lookup(&folder, FILE) {
             Ok(node) => self.backing.open(&node, Access::ReadWrite),
             Err(e) if is_gone(&e) => {
@@ -103,4 +69,56 @@ impl<'a, B: Backing> Journal<'a, B> {
             Err(e) => Err(e),
         }
     }
+}
+
+/// What the journal of a store says of its last run, and when that was written, in seconds since the epoch. Takes no key,
+/// so it may be made up.
+///
+/// # Errors
+/// The backing directory's.
+pub fn last_noted<B: Backing>(b: &B) -> io::Result<Option<(Record, i64)>> {
+    let Some(file) = find(b)? else { return Ok(None) };
+    let noted = b.stat_file(&file)?.mtime.sec;
+    Ok(read(b, &file, Record::decode_unverified).map(|r| (r, noted)))
+}
+
+/// The folder for what rotations keep; `None` if there is none.
+pub(super) fn folder<B: Backing>(b: &B) -> io::Result<Option<B::Node>> {
+    match b.lookup(&b.root()?, STORE_DIR).and_then(|d| b.lookup(&d, FOLDER)) {
+        Ok(node) => Ok(Some(node)),
+        Err(e) if is_gone(&e) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// The same; made, durably, if it is not there.
+pub(super) fn make_folder<B: Backing>(b: &B) -> io::Result<B::Node> {
+    if let Some(there) = folder(b)? {
+        return Ok(there);
+    }
+    let store = b.lookup(&b.root()?, STORE_DIR)?;
+    b.mkdir(&store, FOLDER, 0o700, 0)?;
+    b.sync_dir(&store)?;
+    b.lookup(&store, FOLDER)
+}
+
+/// The journal open for reading only, so that a dry run writes nothing.
+fn find<B: Backing>(b: &B) -> io::Result<Option<B::File>> {
+    let Some(folder) = folder(b)? else { return Ok(None) };
+    match b.lookup(&folder, FILE) {
+        Ok(node) if b.stat(&node)?.kind == Kind::File => b.open(&node, Access::Read).map(Some),
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        Err(e) if is_gone(&e) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// The newer of the records that `decode` makes of the two copies.
+fn read<B: Backing>(b: &B, file: &B::File, decode: impl Fn(&[u8; RECORD_LEN]) -> Option<Record>) -> Option<Record> {
+    let copy = |n: u64| {
+        let mut bytes = [0u8; RECORD_LEN];
+        let got = backing::read_into(b, file, &mut bytes, n * RECORD_LEN as u64).ok()?;
+        if got == RECORD_LEN { decode(&bytes) } else { None }
+    };
+    [copy(0), copy(1)].into_iter().flatten().max_by_key(|r| r.sequence)
 }

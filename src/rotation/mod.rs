@@ -10,6 +10,10 @@
 //! | [`control`] | pause, resume, cancel from another thread | none |
 //! | [`report`] | what a run says while it works and when it ends | none |
 //! | [`sealed`] | a report as evidence: file ↔ report and seal | none |
+//! | [`waive`] | files that may fail | none |
+//! | `path` | paths as reports name them: bytes ↔ text | none |
+//! | `failures` | what a pass could not deal with | none |
+//! | `estimate` | how long it will take yet | none |
 //! | [`moves`] | what is renamed while a walk is under way | none |
 //! | [`record`] | the journal's record: bytes ↔ type | none |
 //! | [`pace`] | how long to wait before the next header | none |
@@ -18,6 +22,7 @@
 //! | `turns` | when a worker may begin the next header | waits |
 //! | `plan` | which KEK headers go to, from the keyring | none |
 //! | `journal` | the record on disk | yes |
+//! | [`exceptions`] | what the last complete run left out, on disk | yes |
 //! | `pass` | one walk over the store, in batches, by workers | walks |
 //! | `rewrap` | one header to the new KEK, in two halves | yes |
 //! | `sweep` | a batch of headers, with barriers | yes |
@@ -29,11 +34,15 @@
 pub mod control;
 mod courtesy;
 mod destroy;
+mod estimate;
+pub mod exceptions;
+mod failures;
 mod journal;
 pub mod moves;
 pub mod options;
 pub mod pace;
 mod pass;
+mod path;
 mod patience;
 mod plan;
 pub mod record;
@@ -47,13 +56,16 @@ mod sweep;
 mod tests;
 mod turns;
 mod verify;
+pub mod waive;
 
 pub use control::{Cancelled, Control};
 pub use destroy::{Destroyed, destroy};
+pub use journal::last_noted;
 pub use moves::{Moved, Moves, NoMoves};
 pub use options::Options;
 pub use plan::is_unfinished;
-pub use report::{Counts, Failure, Outcome, Progress, Report, State, Status};
+pub use report::{Counts, Failing, Failure, Outcome, Progress, Report, State, Status};
 pub use restored::rewrap_restored;
 pub use run::{Context, run};
 pub use sealed::SealedReport;
+pub use waive::Waivers;

@@ -1,5 +1,6 @@
 //! What a run is asked to do.
 
+use super::waive::Waivers;
 use crate::format::keyring::KekKind;
 use crate::kms::KeyProvider;
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -27,8 +28,11 @@ pub struct Options {
     /// Count what there is to do and change nothing.
     pub dry_run: bool,
     /// Once no header names them any more, destroy every KEK but the new one: their wrapped bytes leave the keyring.
-    /// Cannot be undone; backups of files from before become unreadable.
+    /// Cannot be undone; backups of files from before become unreadable. A KEK that something waived names, or may
+    /// name, is kept.
     pub destroy_old: bool,
+    /// What may fail without the run being incomplete for it.
+    pub waive: Arc<Waivers>,
     /// Make a new KEK even though an earlier run is unfinished. Without it, a run goes on where that one stopped.
     pub restart: bool,
 }
@@ -45,6 +49,7 @@ impl std::fmt::Debug for Options {
             .field("if_older_than", &self.if_older_than)
             .field("dry_run", &self.dry_run)
             .field("destroy_old", &self.destroy_old)
+            .field("waive", &self.waive)
             .field("restart", &self.restart)
             .finish()
     }

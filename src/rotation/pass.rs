@@ -16,11 +16,11 @@
 //! way to them.
 
 use super::control::{Cancelled, Control};
+use super::failures::Failures;
 use super::moves::{Moved, Moves};
-use super::report::{FAILURES_MAX, Failure};
+use super::path;
 use crate::backing::{Backing, Kind};
 use crate::format::names::{self, Listed};
-use crate::store::StoreError;
 use crate::store::walk::{Dir, Visit, Walk, WalkError, is_gone};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -40,9 +40,9 @@ const POOL: &[u8] = b"pool";
 /// What a fresh ext file system holds.
 const LOST_AND_FOUND: &[u8] = b"lost+found";
 /// Stands for the path of what was renamed while the walk was under way.
-const MOVED: &[u8] = b"(moved during the run)";
+pub(super) const MOVED: &[u8] = b"(moved during the run)";
 /// The same for what was found by opening it.
-const OPENED: &[u8] = b"(opened under a retired KEK)";
+pub(super) const OPENED: &[u8] = b"(opened under a retired KEK)";
 /// Rounds of a pass after which a store in which directories never stop moving is given up on.
 const ROUNDS_MAX: usize = 1000;
 
@@ -93,9 +93,9 @@ impl<B: Backing> Item<B> {
         }
     }
 
-    /// Path in the backing directory, for people.
+    /// Path in the backing directory, as reports name it.
     pub(super) fn shown(&self) -> String {
-        String::from_utf8_lossy(&self.path()).into_owned()
+        path::shown(&self.path())
     }
 }
 
@@ -103,28 +103,6 @@ impl<B: Backing> Item<B> {
 pub(super) trait Visitor<B: Backing>: Sync {
     /// Deals with a batch. Called from several threads at once.
     fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled>;
-}
-
-/// Failures of a run, collected from all threads.
-#[derive(Default)]
-pub(super) struct Failures {
-    list: Mutex<(Vec<Failure>, u64)>,
-}
-
-impl Failures {
-    pub(super) fn add(&self, path: String, error: &StoreError) {
-        tracing::warn!(path, "rotation: {error}");
-        let mut l = self.list.lock();
-        l.1 += 1;
-        if l.0.len() < FAILURES_MAX {
-            l.0.push(Failure::new(path, error));
-        }
-    }
-
-    /// The failures named and the number of all; none are left.
-    pub(super) fn take(&self) -> (Vec<Failure>, u64) {
-        std::mem::take(&mut *self.list.lock())
-    }
 }
 
 /// What a pass needs.
@@ -365,7 +343,7 @@ impl<B: Backing> Pass<'_, B> {
             Ok(node) => Some(Walk::below(b, Arc::new(node), [names::STORE_DIR, b"/", POOL].concat())),
             Err(e) if is_gone(&e) => None,
             Err(e) => {
-                self.failures.add(".envelopefs/pool".to_owned(), &e.into());
+                self.failures.add_directory(".envelopefs/pool".to_owned(), &e.into());
                 None
             }
         }
@@ -401,7 +379,7 @@ impl<B: Backing> Pass<'_, B> {
             }
             // Belongs to root, whoever the store belongs to.
             Err(e) if e.path == LOST_AND_FOUND && e.error.kind() == io::ErrorKind::PermissionDenied => {}
-            Err(e) => self.failures.add(String::from_utf8_lossy(&e.path).into_owned(), &e.error.into()),
+            Err(e) => self.failures.add_directory(path::shown(&e.path), &e.error.into()),
         }
     }
 
@@ -411,7 +389,7 @@ impl<B: Backing> Pass<'_, B> {
             Ok(s) => s,
             Err(e) if is_gone(&e) => return None,
             Err(e) => {
-                self.failures.add(String::from_utf8_lossy(MOVED).into_owned(), &e.into());
+                self.failures.add(path::shown(MOVED), &e.into());
                 return None;
             }
         };

@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Where a run is. Also what the journal keeps on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// The new KEK is in the keyring, read back from disk and unwrapped independently, and not used yet.
+    #[default]
     Staged,
     /// The new KEK is active; headers are being rewrapped.
     Sweeping,
@@ -88,7 +89,7 @@ impl std::ops::AddAssign for Counts {
 }
 
 /// A snapshot of a running rotation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Status {
     /// Where it is.
     pub state: State,
@@ -97,6 +98,12 @@ pub struct Status {
     /// The key service does not answer and is waited for.
     #[serde(default)]
     pub waiting: bool,
+    /// When the run began (that it takes up, if it does), in seconds since the epoch.
+    #[serde(default)]
+    pub started: u64,
+    /// Since when it is in this state, in seconds since the epoch.
+    #[serde(default)]
+    pub since: u64,
     /// The new KEK.
     pub target: Option<KekId>,
     /// Walks over the store so far, counting this one: sweep and verify alternate.
@@ -111,6 +118,31 @@ pub struct Status {
     pub elapsed: f64,
     /// Seconds to the end of this pass.
     pub eta: Option<f64>,
+    /// Seconds to the end of the run, if the scan finds nothing left.
+    #[serde(default)]
+    pub run_eta: Option<f64>,
+    /// Headers seen in this pass, by the KEK that they were found under.
+    #[serde(default)]
+    pub headers_by_kek: BTreeMap<KekId, u64>,
+    /// What failed in the last sweep.
+    #[serde(default)]
+    pub sweep_failures: Failing,
+    /// What failed in the scan, while it is under way.
+    #[serde(default)]
+    pub verify_failures: Failing,
+}
+
+/// What has failed so far in a pass.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Failing {
+    /// Failures that nobody waived.
+    pub total: u64,
+    /// Failures that are waived.
+    pub waived: u64,
+    /// Those that nobody waived, by their codes.
+    pub by_code: BTreeMap<String, u64>,
+    /// The first few of them.
+    pub first: Vec<Failure>,
 }
 
 /// Who wants to know how a run gets on.
@@ -127,18 +159,28 @@ impl Progress for () {
 /// A file or directory that could not be dealt with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// Path in the backing directory, with bytes that are not UTF-8 replaced.
+    /// Path in the backing directory. A backslash, control characters and bytes that are not UTF-8 are escaped as `\\`
+    /// and `\xHH`.
     pub path: String,
     /// Stable code: a damage code (`wrap-auth`), `kms-…`, or an errno (`EIO`).
     pub code: String,
     /// In words.
     pub message: String,
+    /// It is a directory that could not be entered or listed: nothing below it was looked at.
+    #[serde(default)]
+    pub directory: bool,
 }
 
 impl Failure {
     /// The failure that `error` is at `path`.
-    pub fn new(path: String, error: &StoreError) -> Self {
-        Self { path, code: error.code(), message: error.to_string() }
+    pub fn new(path: String, error: &StoreError, directory: bool) -> Self {
+        Self { path, code: error.code(), message: error.to_string(), directory }
+    }
+
+    /// In one line, for people.
+    pub fn in_words(&self) -> String {
+        let below = if self.directory { "; nothing below it was looked at" } else { "" };
+        format!("{}: {} ({}){below}", self.path, self.message, self.code)
     }
 }
 
@@ -146,7 +188,8 @@ impl Failure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// A fresh scan found both slots of every header under the new KEK; the old KEKs are retired.
+    /// A fresh scan found both slots of every header under the new KEK, but for what was waived; the old KEKs are
+    /// retired.
     Complete,
     /// Some header could not be moved or read; the old KEKs stay usable. Exit code 9.
     Incomplete,
@@ -193,9 +236,18 @@ pub struct Report {
     pub retired: Vec<KekId>,
     /// KEKs destroyed by this run.
     pub destroyed: Vec<KekId>,
-    /// Failures, at most [`FAILURES_MAX`] of them.
+    /// KEKs that were to be destroyed and are still there: what is waived names them, or may.
+    #[serde(default)]
+    pub kept: Vec<KekId>,
+    /// Failures that were waived. If the run is complete: what the proof leaves out.
+    #[serde(default)]
+    pub waived: Vec<Failure>,
+    /// Waivers that were not needed: nothing failed at these paths.
+    #[serde(default)]
+    pub waivers_unused: Vec<String>,
+    /// Failures that were not waived, at most [`FAILURES_MAX`] of them.
     pub failures: Vec<Failure>,
-    /// All failures, also those not named.
+    /// All of these, also those not named.
     pub failures_total: u64,
     /// Generation of the keyring at the end.
     pub generation: u64,

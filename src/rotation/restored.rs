@@ -1,8 +1,9 @@
 //! Headers that an old backup brought back under a retired KEK, moved to the active one as they are found.
 
 use super::control::Control;
+use super::failures::Failures;
 use super::options::Options;
-use super::pass::{Failures, Item, Visitor};
+use super::pass::{Item, Visitor};
 use super::patience::Patience;
 use super::report::Counts;
 use super::sweep::Sweep;
@@ -38,9 +39,9 @@ pub fn rewrap_restored<B: Backing>(shared: &Shared<B>, control: &Control) -> Res
         again: false,
         turns: &turns,
         patience: Mutex::new(Patience::new(Duration::ZERO)),
-        counts: Mutex::new(Counts::default()),
+        swept: Mutex::default(),
     };
     // A cancel leaves the rest as it was.
     let _ = sweep.batch(files.into_iter().map(Item::opened).collect());
-    Ok(sweep.counts.into_inner())
+    Ok(sweep.swept.into_inner().counts)
 }

@@ -106,6 +106,8 @@ pub(super) enum First<B: Backing> {
 pub(super) struct Half<B: Backing> {
     node: Arc<B::Node>,
     pub(super) file: B::File,
+    /// The KEK that the header counted as being under.
+    pub(super) from: KekId,
     stat: Stat,
     /// The slot that holds `bytes` now; the other one gets them next.
     written: Copy2,
@@ -146,6 +148,7 @@ pub(super) fn first_half<B: Backing>(
         if judge(&pair, &old, shared.keys.store_id(), target.id())? == Standing::Current && !again {
             return Ok(First::Current);
         }
+        let from = pair.authoritative()?.1.kek;
         let plan = plan(shared, target, &pair)?;
         let lock = shared.inode_locks.exclusive(stat.dev, stat.ino);
         match read_slots(&shared.backing, &file, Source::Cache)? {
@@ -159,7 +162,7 @@ pub(super) fn first_half<B: Backing>(
         drop(lock);
         let mut expect = old;
         put(&mut expect, plan.slot, &plan.bytes);
-        let half = Half { node, file, stat, written: plan.slot, bytes: plan.bytes, expect };
+        let half = Half { node, file, from, stat, written: plan.slot, bytes: plan.bytes, expect };
         return Ok(First::Half(Box::new(half)));
     }
     Err(busy())

@@ -1,14 +1,18 @@
 //! A run from beginning to end.
 
 use super::control::{Cancelled, Control};
+use super::estimate::Estimate;
+use super::exceptions;
+use super::failures::{Failed, Failures};
 use super::journal::Journal;
 use super::moves::Moves;
 use super::options::Options;
-use super::pass::{Failures, Pass};
+use super::pass::Pass;
 use super::patience::Patience;
 use super::plan::{self, Begin, Wish};
-use super::report::{Counts, Failure, Outcome, Progress, Report, State, Status};
-use super::sweep::Sweep;
+use super::report::{Counts, Failing, Failure, Outcome, Progress, Report, State, Status};
+use super::sealed::{SealedReport, seal_key};
+use super::sweep::{Sweep, Swept};
 use super::turns::Turns;
 use super::verify::{Found, Verify};
 use crate::backing::Backing;
@@ -20,6 +24,7 @@ use crate::store::shared::Shared;
 use crate::store::{Result, StoreError};
 use parking_lot::Mutex;
 use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Scans in a row that find nothing left and yet may have missed something, after which a run is given up. A scan keeps
@@ -46,8 +51,8 @@ pub struct Context<'a, B: Backing> {
 ///
 /// # Errors
 /// [`StoreError::ReadOnly`]; those of staging and activating the new KEK, after which nothing has changed but perhaps
-/// a pending KEK in the keyring; those of retiring and destroying the old ones. Failures with single files are no
-/// error but [`Outcome::Incomplete`].
+/// a pending KEK in the keyring; those of writing down what was waived, and of retiring and destroying the old ones.
+/// Failures with single files are no error but [`Outcome::Incomplete`], unless all of them are waived.
 pub fn run<B: Backing>(
     ctx: &Context<'_, B>,
     options: &Options,
@@ -74,11 +79,11 @@ pub fn run<B: Backing>(
 /// What a scan says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    /// Every file was seen, and every header is under the target in both slots.
+    /// Every file was seen, and every header is under the target in both slots, but for what is waived.
     Clean,
     /// No other was seen, but some may have been missed.
     Unsettled,
-    /// Headers are behind, or could not be looked at.
+    /// Headers are behind, or could not be looked at, and that is not waived.
     Behind,
 }
 
@@ -94,17 +99,33 @@ struct Run<'a, B: Backing> {
     resumed: bool,
     target: Option<KekId>,
     state: State,
+    since: u64,
     passes: u32,
+    /// Files a second that the last scan looked at; 0 if there was none.
+    verify_rate: f64,
     /// Files in the store as last counted; 0 if unknown.
     files: u64,
     /// Up to where the last sweep is known to have done everything.
     reached: Vec<u8>,
     swept: Counts,
     verified: Option<Found>,
-    failures: Vec<Failure>,
-    failures_total: u64,
+    failed: Failed,
+    /// What the last sweep's failures looked like.
+    sweep_failing: Failing,
     retired: Vec<KekId>,
     destroyed: Vec<KekId>,
+    kept: Vec<KekId>,
+}
+
+/// What a pass is at, for the status.
+#[derive(Default)]
+struct At {
+    counts: Counts,
+    headers_by_kek: BTreeMap<KekId, u64>,
+    /// Seconds since the pass began.
+    seconds: f64,
+    waiting: bool,
+    failing: Failing,
 }
 
 fn now() -> u64 {
@@ -127,15 +148,18 @@ impl<'a, B: Backing> Run<'a, B> {
             resumed: false,
             target: None,
             state: State::Staged,
+            since: now(),
             passes: 0,
+            verify_rate: 0.0,
             files,
             reached: Vec::new(),
             swept: Counts::default(),
             verified: None,
-            failures: Vec::new(),
-            failures_total: 0,
+            failed: Failed::default(),
+            sweep_failing: Failing::default(),
             retired: Vec::new(),
             destroyed: Vec::new(),
+            kept: Vec::new(),
         }
     }
 
@@ -153,7 +177,7 @@ impl<'a, B: Backing> Run<'a, B> {
         let ring = self.ctx.shared.keys.snapshot();
         let active = ring.active().map(|k| k.id).ok_or(Damage::KeyringUnreadable)?;
         self.target = Some(active);
-        match self.verify(active) {
+        match self.verify(active, &BTreeSet::new()) {
             Ok(_) => Ok(self.report(active, Outcome::DryRun)),
             Err(Cancelled) => Ok(self.report(active, Outcome::Cancelled)),
         }
@@ -163,6 +187,7 @@ impl<'a, B: Backing> Run<'a, B> {
         let target = self.begin()?;
         let outcome = match self.move_headers(target)? {
             Ok(true) => {
+                self.except(target)?;
                 self.retire(target)?;
                 Outcome::Complete
             }
@@ -170,7 +195,10 @@ impl<'a, B: Backing> Run<'a, B> {
             Err(Cancelled) => Outcome::Cancelled,
         };
         match outcome {
-            Outcome::Complete => self.enter(State::Done, target, b""),
+            Outcome::Complete => {
+                self.keep_exceptions_of(target);
+                self.enter(State::Done, target, b"");
+            }
             // What failed may lie anywhere: the next run begins at the beginning.
             Outcome::Incomplete => self.enter(State::Incomplete, target, b""),
             Outcome::Cancelled | Outcome::DryRun | Outcome::NotDue => {
@@ -215,8 +243,8 @@ impl<'a, B: Backing> Run<'a, B> {
     fn move_headers(&mut self, target: KekId) -> Result<std::result::Result<bool, Cancelled>> {
         let mut cursor = self.cursor(target);
         for sweep in 0..SWEEPS_MAX {
-            self.failures.clear();
-            self.failures_total = 0;
+            self.failed = Failed::default();
+            self.sweep_failing = Failing::default();
             self.enter(State::Sweeping, target, &cursor);
             let durable = match self.sweep(target, &cursor, sweep > 0)? {
                 Ok(durable) => durable,
@@ -224,37 +252,36 @@ impl<'a, B: Backing> Run<'a, B> {
             };
             cursor.clear();
             self.enter(State::Verifying, target, b"");
-            let (sweep_failures, sweep_total) = (std::mem::take(&mut self.failures), self.failures_total);
-            self.failures_total = 0;
-            let verdict = match self.prove(target) {
+            let mut swept = std::mem::take(&mut self.failed);
+            let verdict = match self.prove(target, &swept.waived_paths()) {
                 Ok(verdict) => verdict,
-                Err(c) => return Ok(Err(c)),
+                Err(c) => {
+                    self.failed.also(swept);
+                    return Ok(Err(c));
+                }
             };
             // What the scan saw may be in memory only if the barrier failed.
             if verdict == Verdict::Clean && durable {
+                // What the sweep could not do is of no interest any more if the scan found it done.
+                let excused = self.verified.as_ref().map(|v| &v.excused);
+                swept.waived.retain(|path, _| excused.is_some_and(|e| e.contains(path)));
+                self.failed.also(Failed { waived: swept.waived, ..Failed::default() });
                 return Ok(Ok(true));
             }
             // A failure that the scan did not see again is only told if the run fails for it.
-            self.failures_total += sweep_total;
-            for f in sweep_failures {
-                if self.failures.contains(&f) {
-                    self.failures_total -= 1;
-                } else {
-                    self.failures.push(f);
-                }
-            }
-            if self.failures_total > 0 {
+            self.failed.also(swept);
+            if self.failed.total > 0 {
                 return Ok(Ok(false));
             }
             if verdict == Verdict::Unsettled {
                 break;
             }
         }
-        self.failures_total += 1;
-        self.failures.push(Failure {
+        self.failed.add(Failure {
             path: "/".to_owned(),
             code: "not-settled".to_owned(),
             message: "files were moved or restored faster than they could be looked at; run rotate again".to_owned(),
+            directory: false,
         });
         Ok(Ok(false))
     }
@@ -273,7 +300,7 @@ impl<'a, B: Backing> Run<'a, B> {
     /// One sweep and the barrier that makes it durable. `Ok(false)`: the barrier failed.
     fn sweep(&mut self, target: KekId, cursor: &[u8], again: bool) -> Result<std::result::Result<bool, Cancelled>> {
         self.passes += 1;
-        let failures = Failures::default();
+        let failures = Failures::new(&self.options.waive);
         let sweep = Sweep {
             shared: self.ctx.shared,
             target: self.ctx.shared.keys.kek(target)?,
@@ -282,13 +309,15 @@ impl<'a, B: Backing> Run<'a, B> {
             again,
             turns: &self.turns,
             patience: Mutex::new(Patience::new(self.options.patience)),
-            counts: Mutex::new(Counts::default()),
+            swept: Mutex::default(),
         };
         let pass_began = Instant::now();
         let (mut noted, mut reached) = (Instant::now(), cursor.to_vec());
         let end = self.pass(&failures).run(cursor, &sweep, &mut |at| {
+            let Swept { counts, found_under } = sweep.swept.lock().clone();
             let waiting = sweep.patience.lock().is_waiting();
-            self.show(*sweep.counts.lock(), pass_began, waiting);
+            let seconds = pass_began.elapsed().as_secs_f64();
+            self.show(At { counts, headers_by_kek: found_under, seconds, waiting, failing: failures.so_far() });
             if let Some(at) = at {
                 reached = at.to_vec();
             }
@@ -303,44 +332,51 @@ impl<'a, B: Backing> Run<'a, B> {
         if let Err(e) = barrier {
             failures.add("/".to_owned(), &e.into());
         }
-        self.swept += sweep.counts.into_inner();
-        (self.failures, self.failures_total) = failures.take();
+        self.swept += sweep.swept.into_inner().counts;
+        self.sweep_failing = failures.so_far();
+        self.failed = failures.take();
         // Past a failure the cursor would lead the next run past it too.
-        self.reached = if self.failures_total == 0 { reached } else { Vec::new() };
+        let whole = self.failed.total == 0 && self.failed.waived.is_empty();
+        self.reached = if whole { reached } else { Vec::new() };
         Ok(end.map(|_| durable))
     }
 
     /// Scans until a scan says how things are: there is nothing to sweep as long as none is found behind.
-    fn prove(&mut self, target: KekId) -> std::result::Result<Verdict, Cancelled> {
+    fn prove(&mut self, target: KekId, excused: &BTreeSet<String>) -> std::result::Result<Verdict, Cancelled> {
         for _ in 1..SCANS_MAX {
-            let verdict = self.verify(target)?;
+            let verdict = self.verify(target, excused)?;
             if verdict != Verdict::Unsettled {
                 return Ok(verdict);
             }
         }
-        self.verify(target)
+        self.verify(target, excused)
     }
 
-    /// One fresh scan.
-    fn verify(&mut self, target: KekId) -> std::result::Result<Verdict, Cancelled> {
+    /// One fresh scan; `excused` are paths at which something that is waived failed in the sweep.
+    fn verify(&mut self, target: KekId, excused: &BTreeSet<String>) -> std::result::Result<Verdict, Cancelled> {
         self.passes += 1;
-        let failures = Failures::default();
+        let failures = Failures::new(&self.options.waive);
         let verify = Verify {
             shared: self.ctx.shared,
             target,
             turns: &self.turns,
+            excused,
             unwanted: None,
             failures: &failures,
             found: Mutex::new(Found::default()),
         };
         let pass_began = Instant::now();
         let end = self.pass(&failures).run(b"", &verify, &mut |_| {
-            let counts = verify.found.lock().counts;
-            self.show(counts, pass_began, false);
+            let found = verify.found.lock();
+            let (counts, headers_by_kek) = (found.counts, found.headers.clone());
+            drop(found);
+            let seconds = pass_began.elapsed().as_secs_f64();
+            self.show(At { counts, headers_by_kek, seconds, waiting: false, failing: failures.so_far() });
         });
         let found = verify.found.into_inner();
-        (self.failures, self.failures_total) = failures.take();
-        let verdict = end.map(|e| match (found.behind == 0 && self.failures_total == 0, e.whole) {
+        self.verify_rate = rate(found.counts.scanned, pass_began.elapsed().as_secs_f64());
+        self.failed = failures.take();
+        let verdict = end.map(|e| match (found.behind == 0 && self.failed.total == 0, e.whole) {
             (true, true) => Verdict::Clean,
             (true, false) => Verdict::Unsettled,
             (false, _) => Verdict::Behind,
@@ -350,7 +386,38 @@ impl<'a, B: Backing> Run<'a, B> {
         verdict
     }
 
-    /// Marks the old KEKs as proved unused, and destroys them if asked.
+    /// Tells what the proof leaves out, and writes it down durably, before anything is built on the proof.
+    fn except(&mut self, target: KekId) -> Result<()> {
+        let b = &self.ctx.shared.backing;
+        if self.failed.waived.is_empty() {
+            // What an earlier run had to leave out, this one has proved.
+            return Ok(exceptions::forget(b)?);
+        }
+        let waived = self.failed.waived.values();
+        waived.for_each(|f| {
+            self.ctx.shared.keys.tell(&Change::Waived { target: target.0, path: &f.path, code: &f.code })
+        });
+        let report = self.report(target, Outcome::Complete);
+        Ok(exceptions::keep(b, &self.seal(&report))?)
+    }
+
+    /// Completes what was written down.
+    fn keep_exceptions_of(&self, target: KekId) {
+        if self.failed.waived.is_empty() {
+            return;
+        }
+        let report = self.report(target, Outcome::Complete);
+        tracing::warn!(waived = report.waived.len(), kek = %target, "rotation: complete but for what was waived");
+        if let Err(e) = exceptions::keep(&self.ctx.shared.backing, &self.seal(&report)) {
+            tracing::warn!("rotation: what was waived stays written down as before the old KEKs were retired: {e}");
+        }
+    }
+
+    fn seal(&self, report: &Report) -> SealedReport {
+        SealedReport::new(report, &seal_key(self.ctx.shared.keys.secret()))
+    }
+
+    /// Marks the old KEKs as proved unused, and destroys them if asked and nothing that was waived may need them.
     fn retire(&mut self, target: KekId) -> Result<()> {
         let (keys, b) = (&self.ctx.shared.keys, &self.ctx.shared.backing);
         self.enter(State::Retiring, target, b"");
@@ -359,12 +426,22 @@ impl<'a, B: Backing> Run<'a, B> {
             self.retired.push(id);
         }
         if self.options.destroy_old {
-            for id in plan::in_state(&keys.snapshot(), KekState::Retired) {
+            let (destroy, keep) = self.destructible(plan::in_state(&keys.snapshot(), KekState::Retired));
+            self.kept = keep;
+            for id in destroy {
                 keys.destroy(b, id)?;
                 self.destroyed.push(id);
             }
         }
         Ok(())
+    }
+
+    /// Which of the retired KEKs `old` the scan proved that nothing needs, and which not. It did so for all of them but
+    /// for what was waived: that may be under any KEK, unless its header was read and says which.
+    fn destructible(&self, old: Vec<KekId>) -> (Vec<KekId>, Vec<KekId>) {
+        let Some(found) = &self.verified else { return (Vec::new(), old) };
+        let unsaid = found.unsaid > 0 || self.failed.waived.values().any(|f| f.directory);
+        old.into_iter().partition(|id| !unsaid && !found.left.contains(id))
     }
 
     /// Where the journal says an earlier run to the same KEK had got to.
@@ -373,42 +450,55 @@ impl<'a, B: Backing> Run<'a, B> {
     }
 
     fn enter(&mut self, state: State, target: KekId, cursor: &[u8]) {
-        self.state = state;
+        (self.state, self.since) = (state, now());
         self.tell(state.as_str(), Ok(()));
         self.journal.borrow_mut().note(state, target, self.started, self.files, cursor);
-        self.show(Counts::default(), Instant::now(), false);
+        self.show(At::default());
     }
 
     /// Tells the keys' observer how far the run is, with what its sweeps have done so far.
     fn tell(&self, step: &str, result: std::result::Result<(), &str>) {
         let mut counts = self.swept.named().to_vec();
-        counts.push(("failures_total", self.failures_total));
+        counts.push(("failures_total", self.failed.total));
+        counts.push(("waived", self.failed.waived.len() as u64));
         let target = self.target.map(|k| k.0);
         self.ctx.shared.keys.tell(&Change::Rotation { target, step, counts: &counts, result });
     }
 
-    fn show(&self, counts: Counts, pass_began: Instant, waiting: bool) {
-        let seconds = pass_began.elapsed().as_secs_f64();
-        let rate = if seconds > 0.0 { counts.scanned as f64 / seconds } else { 0.0 };
+    fn show(&self, at: At) {
         let expected = Some(self.files).filter(|f| *f > 0);
-        let eta = expected.filter(|_| rate > 0.0).map(|f| f.saturating_sub(counts.scanned) as f64 / rate);
+        let rate = rate(at.counts.scanned, at.seconds);
+        let (sweep_failures, verify_failures) = match self.state {
+            State::Sweeping => (at.failing, Failing::default()),
+            _ => (self.sweep_failing.clone(), at.failing),
+        };
+        let left = Estimate { state: self.state, expected, scanned: at.counts.scanned, rate, verify: self.verify_rate };
         self.progress.update(&Status {
             state: self.state,
             paused: self.control.is_paused(),
-            waiting,
+            waiting: at.waiting,
+            started: self.started,
+            since: self.since,
             target: self.target,
             pass: self.passes,
-            counts,
+            counts: at.counts,
             expected,
             rate,
             elapsed: self.began.elapsed().as_secs_f64(),
-            eta,
+            eta: left.of_pass(),
+            run_eta: left.of_run(),
+            headers_by_kek: at.headers_by_kek,
+            sweep_failures,
+            verify_failures,
         });
     }
 
-    fn report(&mut self, target: KekId, outcome: Outcome) -> Report {
+    fn report(&self, target: KekId, outcome: Outcome) -> Report {
         let keys = &self.ctx.shared.keys;
-        let verified = self.verified.take();
+        let found = self.verified.as_ref();
+        // A run that did not look at everything cannot tell.
+        let judged = matches!(outcome, Outcome::Complete | Outcome::Incomplete | Outcome::DryRun);
+        let unused = |path: &&str| judged && !self.failed.waived.contains_key(*path);
         Report {
             outcome,
             store: keys.store_id(),
@@ -419,14 +509,22 @@ impl<'a, B: Backing> Run<'a, B> {
             finished: now(),
             passes: self.passes,
             sweep: self.swept,
-            verify: verified.as_ref().map(|v| v.counts),
-            slots_by_kek: verified.as_ref().map(|v| v.by_kek.clone()).unwrap_or_default(),
-            headers_by_kek: verified.map(|v| v.headers).unwrap_or_default(),
-            retired: std::mem::take(&mut self.retired),
-            destroyed: std::mem::take(&mut self.destroyed),
-            failures: std::mem::take(&mut self.failures),
-            failures_total: self.failures_total,
+            verify: found.map(|v| v.counts),
+            slots_by_kek: found.map(|v| v.by_kek.clone()).unwrap_or_default(),
+            headers_by_kek: found.map(|v| v.headers.clone()).unwrap_or_default(),
+            retired: self.retired.clone(),
+            destroyed: self.destroyed.clone(),
+            kept: self.kept.clone(),
+            waived: self.failed.waived.values().cloned().collect(),
+            waivers_unused: self.options.waive.paths().filter(unused).map(str::to_owned).collect(),
+            failures: self.failed.named.clone(),
+            failures_total: self.failed.total,
             generation: keys.snapshot().generation,
         }
     }
+}
+
+/// Files a second.
+fn rate(files: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { files as f64 / seconds } else { 0.0 }
 }

@@ -19,6 +19,10 @@ use crate::crypto::seal::{Seal, SealKey, hash_from, hex};
 use crate::crypto::secret::StoreSecret;
 use serde::{Deserialize, Serialize};
 
+/// Longest file in bytes that is read as a report. One that names as many failures as it may, with the longest paths, is
+/// shorter.
+pub const LONGEST: usize = 128 << 20;
+
 const OPENS: &str = "{\n  \"report\": ";
 const MAC_OPENS: &str = ",\n  \"algorithm\": \"HMAC-SHA-256\",\n  \"mac\": \"";
 const CLOSES: &str = "\"\n}\n";
@@ -86,6 +90,9 @@ mod tests {
             headers_by_kek: [(KekId([2; 16]), 3)].into(),
             retired: vec![KekId([3; 16])],
             destroyed: Vec::new(),
+            kept: Vec::new(),
+            waived: Vec::new(),
+            waivers_unused: Vec::new(),
             failures_total: failures.len() as u64,
             failures,
             generation: 5,
@@ -162,7 +169,8 @@ mod tests {
             at in any::<proptest::sample::Index>(),
             change in 1..=255u8,
         ) {
-            let failures = failed.into_iter().map(|(path, code, message)| Failure { path, code, message }).collect();
+            let failure = |(path, code, message)| Failure { path, code, message, directory: false };
+            let failures = failed.into_iter().map(failure).collect();
             let (key, r) = (key(), report(failures));
             let mut file = SealedReport::new(&r, &key).to_file().into_bytes();
             prop_assert_eq!(SealedReport::from_file(&file).map(|(r, _)| r), Some(r));

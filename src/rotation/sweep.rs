@@ -1,16 +1,19 @@
 //! The sweep: moves every header of a batch to the target KEK.
 
 use super::control::{Cancelled, Control};
-use super::pass::{Failures, Item, Visitor};
+use super::failures::Failures;
+use super::pass::{Item, Visitor};
 use super::patience::Patience;
 use super::report::Counts;
 use super::rewrap::{First, Half, Second, first_half, second_half};
 use super::turns::Turns;
 use crate::backing::Backing;
+use crate::format::ids::KekId;
 use crate::store::StoreError;
 use crate::store::keys::KekHandle;
 use crate::store::shared::Shared;
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,6 +26,20 @@ const TRIES: usize = 8;
 /// A header between its halves, and where it was found.
 type Begun<B> = (Item<B>, Half<B>);
 
+/// What a sweep has done.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Swept {
+    pub(super) counts: Counts,
+    /// Headers by the KEK that they were found under.
+    pub(super) found_under: BTreeMap<KekId, u64>,
+}
+
+impl Swept {
+    fn found(&mut self, kek: KekId) {
+        *self.found_under.entry(kek).or_default() += 1;
+    }
+}
+
 /// Rewraps what it is given.
 pub(super) struct Sweep<'a, B: Backing> {
     pub(super) shared: &'a Shared<B>,
@@ -34,7 +51,7 @@ pub(super) struct Sweep<'a, B: Backing> {
     pub(super) again: bool,
     pub(super) turns: &'a Turns<'a>,
     pub(super) patience: Mutex<Patience>,
-    pub(super) counts: Mutex<Counts>,
+    pub(super) swept: Mutex<Swept>,
 }
 
 impl<B: Backing> Sweep<'_, B> {
@@ -65,7 +82,7 @@ impl<B: Backing> Sweep<'_, B> {
     }
 
     /// First halves of all `items`. A cancel leaves out the rest: what was begun is to be finished.
-    fn begin(&self, items: Vec<Item<B>>, counts: &mut Counts, end: &mut Result<(), Cancelled>) -> Vec<Begun<B>> {
+    fn begin(&self, items: Vec<Item<B>>, done: &mut Swept, end: &mut Result<(), Cancelled>) -> Vec<Begun<B>> {
         let mut halves = Vec::with_capacity(items.len());
         for item in items {
             if end.is_ok() {
@@ -75,11 +92,14 @@ impl<B: Backing> Sweep<'_, B> {
                 break;
             }
             match self.first(&item) {
-                Ok(Ok(First::Current)) => counts.current += 1,
-                Ok(Ok(First::Empty)) => counts.empty += 1,
-                Ok(Ok(First::Gone)) => counts.vanished += 1,
+                Ok(Ok(First::Current)) => {
+                    done.counts.current += 1;
+                    done.found(self.target.id());
+                }
+                Ok(Ok(First::Empty)) => done.counts.empty += 1,
+                Ok(Ok(First::Gone)) => done.counts.vanished += 1,
                 Ok(Ok(First::Half(h))) => halves.push((item, *h)),
-                Ok(Err(e)) => self.fail(counts, item.shown(), &e),
+                Ok(Err(e)) => self.fail(&mut done.counts, item.shown(), &e),
                 Err(c) => *end = Err(c),
             }
         }
@@ -107,15 +127,20 @@ impl<B: Backing> Sweep<'_, B> {
 impl<B: Backing> Visitor<B> for Sweep<'_, B> {
     fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled> {
         let _at_work = self.turns.at_work();
-        let mut counts = Counts { scanned: items.len() as u64, ..Counts::default() };
+        let counts = Counts { scanned: items.len() as u64, ..Counts::default() };
+        let mut done = Swept { counts, ..Swept::default() };
         let (mut end, mut todo) = (Ok(()), items);
         for _ in 0..TRIES {
-            let halves = self.begin(std::mem::take(&mut todo), &mut counts, &mut end);
-            for (item, h) in self.barrier(halves, &mut counts) {
+            let halves = self.begin(std::mem::take(&mut todo), &mut done, &mut end);
+            for (item, h) in self.barrier(halves, &mut done.counts) {
+                let from = h.from;
                 match second_half(self.shared, h) {
-                    Ok(Second::Done) => counts.rewrapped += 1,
+                    Ok(Second::Done) => {
+                        done.counts.rewrapped += 1;
+                        done.found(from);
+                    }
                     Ok(Second::Again) => todo.push(item),
-                    Err(e) => self.fail(&mut counts, item.shown(), &e),
+                    Err(e) => self.fail(&mut done.counts, item.shown(), &e),
                 }
             }
             if todo.is_empty() || end.is_err() {
@@ -125,10 +150,14 @@ impl<B: Backing> Visitor<B> for Sweep<'_, B> {
         if end.is_ok() {
             for item in todo {
                 let busy = std::io::Error::from_raw_os_error(libc::EBUSY);
-                self.fail(&mut counts, item.shown(), &busy.into());
+                self.fail(&mut done.counts, item.shown(), &busy.into());
             }
         }
-        *self.counts.lock() += counts;
+        let mut all = self.swept.lock();
+        all.counts += done.counts;
+        for (kek, n) in done.found_under {
+            *all.found_under.entry(kek).or_default() += n;
+        }
         end
     }
 }

@@ -2,26 +2,33 @@
 
 use super::control::Cancelled;
 use super::destroy::PATHS_MAX;
-use super::pass::{Failures, Item, Visitor};
+use super::failures::Failures;
+use super::pass::{Item, Visitor};
 use super::report::Counts;
 use super::rewrap::{Look, Standing, judge, look, read_header};
 use super::turns::Turns;
 use crate::backing::{Access, Backing};
 use crate::format::damage::Damage;
 use crate::format::header::SlotPair;
-use crate::format::ids::KekId;
+use crate::format::ids::{KekId, StoreId};
 use crate::store::header::{SLOTS_LEN, Source};
 use crate::store::shared::Shared;
 use crate::store::{Result as StoreResult, StoreError};
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a scan found.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Found {
     pub(super) counts: Counts,
-    /// Headers that are not, in both slots, under the target.
+    /// Headers that are not, in both slots, under the target, and for which there is no waiver.
     pub(super) behind: u64,
+    /// Paths of those for which there is one.
+    pub(super) excused: BTreeSet<String>,
+    /// KEKs that a header which is no such, or failed, names.
+    pub(super) left: BTreeSet<KekId>,
+    /// Files that failed of which it is not known which KEK they need.
+    pub(super) unsaid: u64,
     /// Valid slots by the KEK they name.
     pub(super) by_kek: BTreeMap<KekId, u64>,
     /// Headers by each KEK that one of their valid slots names.
@@ -32,15 +39,47 @@ pub(super) struct Found {
     pub(super) unwanted_paths: Vec<String>,
 }
 
+impl Found {
+    fn note(&mut self, needs: Needs) {
+        match needs {
+            Needs::Keks(keks) => self.left.extend(keks),
+            Needs::Unsaid => self.unsaid += 1,
+        }
+    }
+}
+
 /// Looks at what it is given.
 pub(super) struct Verify<'a, B: Backing> {
     pub(super) shared: &'a Shared<B>,
     pub(super) target: KekId,
     pub(super) turns: &'a Turns<'a>,
+    /// Paths at which the sweep before failed with something that is waived: a header that is behind there is excused.
+    pub(super) excused: &'a BTreeSet<String>,
     /// A KEK of which the files are to be named, if any.
     pub(super) unwanted: Option<KekId>,
     pub(super) failures: &'a Failures,
     pub(super) found: Mutex<Found>,
+}
+
+/// What a header that was not judged to be current says of the KEKs it needs.
+enum Needs {
+    /// These.
+    Keks(Vec<KekId>),
+    /// It could not be read, or is a newer program's: perhaps any.
+    Unsaid,
+}
+
+/// What both slots say. A slot that was overwritten or does not add up opens for nobody, whatever it named.
+fn needs(pair: &SlotPair, store: StoreId) -> Needs {
+    let mut keks = Vec::new();
+    for slot in [&pair.a, &pair.b] {
+        match slot {
+            Ok(s) if s.store == store => keks.push(s.kek),
+            Ok(_) | Err(Damage::HeaderMagic | Damage::HeaderUnreadable) => {}
+            Err(_) => return Needs::Unsaid,
+        }
+    }
+    Needs::Keks(keks)
 }
 
 enum Seen {
@@ -66,7 +105,7 @@ impl<B: Backing> Verify<'_, B> {
         })
     }
 
-    fn judge(&self, item: &Item<B>, locked: bool, found: &mut Found) -> StoreResult<()> {
+    fn judge(&self, item: &Item<B>, locked: bool, found: &mut Found, said: &mut Needs) -> StoreResult<()> {
         let (pair, bytes) = match self.read(item, locked)? {
             Seen::Header(read) => *read,
             Seen::Empty => {
@@ -78,9 +117,11 @@ impl<B: Backing> Verify<'_, B> {
                 return Ok(());
             }
         };
-        let standing = judge(&pair, &bytes, self.shared.keys.store_id(), self.target)?;
+        let store = self.shared.keys.store_id();
+        *said = needs(&pair, store);
+        let standing = judge(&pair, &bytes, store, self.target)?;
         if standing == Standing::Behind && !locked {
-            return self.judge(item, true, found);
+            return self.judge(item, true, found, said);
         }
         let [a, b] = [&pair.a, &pair.b].map(|s| s.as_ref().ok().map(|s| s.kek));
         for kek in a.into_iter().chain(b) {
@@ -97,18 +138,28 @@ impl<B: Backing> Verify<'_, B> {
         }
         match standing {
             Standing::Current => found.counts.current += 1,
-            Standing::Behind => found.behind += 1,
+            Standing::Behind => {
+                let path = item.shown();
+                if self.excused.contains(&path) {
+                    found.excused.insert(path);
+                } else {
+                    found.behind += 1;
+                }
+                found.note(std::mem::replace(said, Needs::Unsaid));
+            }
         }
         Ok(())
     }
 
     fn one(&self, item: &Item<B>, found: &mut Found) {
-        let result = match self.judge(item, false, found) {
-            Err(StoreError::Damage(_)) => self.judge(item, true, found),
+        let mut said = Needs::Unsaid;
+        let result = match self.judge(item, false, found, &mut said) {
+            Err(StoreError::Damage(_)) => self.judge(item, true, found, &mut said),
             other => other,
         };
         if let Err(e) = result {
             found.counts.failed += 1;
+            found.note(said);
             self.failures.add(item.shown(), &e);
         }
     }
@@ -130,6 +181,9 @@ impl<B: Backing> Visitor<B> for Verify<'_, B> {
         let mut all = self.found.lock();
         all.counts += found.counts;
         all.behind += found.behind;
+        all.excused.extend(found.excused);
+        all.left.extend(found.left);
+        all.unsaid += found.unsaid;
         for (kek, n) in found.by_kek {
             *all.by_kek.entry(kek).or_default() += n;
         }

@@ -106,6 +106,15 @@ impl Observer for Log {
                 };
                 self.event("rotate", fields);
             }
+            Change::Waived { target, path, code } => {
+                let fields = Fields {
+                    kek: Some(KekId(*target)),
+                    about: Some(text(path)),
+                    result: Some((*code).to_owned()),
+                    ..by
+                };
+                self.event("waived", fields);
+            }
             Change::Store { change, about } => {
                 let about = Some(text(about)).filter(|a| !a.is_empty());
                 self.event(change.as_str(), Fields { about, result: ok(), ..by });

@@ -1,7 +1,8 @@
 //! With others at work in the store.
 
+use super::super::failures::Failures;
 use super::super::moves::{Moved, Moves};
-use super::super::pass::{Failures, Item, Pass, Visitor};
+use super::super::pass::{Item, Pass, Visitor};
 use super::*;
 use crate::backing::posix::Posix;
 use crate::backing::{RenameMode, SetTime, Timestamp};
@@ -213,7 +214,7 @@ fn what_moves_across_the_walk_is_visited() {
         let (control, failures) = (Control::new(), Failures::default());
         let pass = Pass { backing: &disk, moves, control: &control, failures: &failures, workers: 1, gentle: true };
         assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
-        assert_eq!(failures.take().1, 0);
+        assert_eq!(failures.take().total, 0);
         // Without the list, the file that was renamed is missed: the test can fail.
         assert_eq!(visitor.seen.into_inner() == inodes, listed);
     }
@@ -267,7 +268,7 @@ fn renames_do_not_outrun_a_scan_whose_worker_rests() {
     let pass =
         Pass { backing: &disk, moves: &*store, control: &control, failures: &failures, workers: 1, gentle: true };
     assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
-    assert_eq!(failures.take().1, 0);
+    assert_eq!(failures.take().total, 0);
     assert!(visitor.seen.into_inner().len() >= FILES + 5);
 }
 

@@ -74,7 +74,7 @@ fn nonsense_on_the_socket_is_answered_and_survived() {
         return;
     }
     let b = Bench::mounted();
-    let long = vec![b'x'; 3 << 20];
+    let long = vec![b'x'; 17 << 20];
     for bytes in
         [&b"nonsense\n"[..], b"{\"request\":\"status\"", b"{\"request\":\"format\"}\n", b"\0\xff\n", b"\n", &long]
     {

@@ -44,7 +44,9 @@ fn output_without_a_mount_is_as_documented() {
     let b = Bench::with_store();
     check(&b, "key list back --json", "key list --json");
     check(&b, "key refresh back --json", "key refresh --json");
+    check(&b, "rotate back --status --json", "rotate --status --json");
     check(&b, "rotate back --json --report report", "rotate --json");
+    check(&b, "rotate back --status --json", "rotate --status --json");
     check(&b, "key verify-report report back --json", "key verify-report --json");
     check(&b, "key list back --json", "key list --json");
     check(&b, "speed --json", "speed --json");
@@ -74,6 +76,12 @@ fn output_with_a_mount_is_as_documented() {
     assert!(status["daemon"]["memory_locked"].is_boolean());
     check(&b, "rotate mnt --dry-run --json", "rotate --json");
     check(&b, "inspect back/f --json", "inspect --json");
+    check(&b, "rotate mnt --status --json", "rotate --status --json");
     b.ok("unmount mnt");
+    // With something waived.
+    fs::write(b.path("back/f"), [0xff; 5000]).unwrap();
+    fs::write(b.path("list"), "f\n").unwrap();
+    check(&b, "rotate back --waive list --json", "rotate --json");
+    check(&b, "rotate back --status --json", "rotate --status --json");
     check(&b, "audit verify audit --store back --json", "audit verify --json");
 }

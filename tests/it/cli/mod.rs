@@ -13,3 +13,4 @@ pub mod support;
 pub mod terminal;
 mod transcripts;
 mod unprivileged;
+mod waive;

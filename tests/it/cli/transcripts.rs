@@ -215,12 +215,7 @@ fn rotate_a_store_that_is_not_mounted() {
     );
     let o = b.ok("rotate back --destroy-old");
     assert_eq!(o.matches("destroyed KEK ID\n").count(), 2, "{o}");
-    b.says(
-        "rotate back --dry-run",
-        0,
-        "dry run: 0 files, 0 without a header, 0 under KEK ID already, 0 in all to look at\n",
-        "",
-    );
+    b.says("rotate back --dry-run", 0, "dry run: 0 files, 0 without a header, 0 under KEK ID already, 0 to move\n", "");
     let not_mounted = "the store is not mounted; mount it first with: envelopefs mount BACKING MOUNTPOINT";
     b.fails("rotate back --pause", 10, &format!("DIR/back: no rotation is under way: {not_mounted}"));
     b.fails(

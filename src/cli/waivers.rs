@@ -1,0 +1,33 @@
+//! `rotate --waive FILE`: reading the list, and telling what came of it.
+
+use crate::daemon::fault::{Fault, FaultKind};
+use crate::rotation::waive::BYTES_MAX;
+use crate::rotation::{Report, Waivers};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+/// The list in `path`; empty if there is none.
+///
+/// # Errors
+/// [`FaultKind::Usage`] if a line can name no failure, or there are too many; the kernel's.
+pub fn read(path: Option<&Path>) -> Result<Waivers, Fault> {
+    let Some(path) = path else { return Ok(Waivers::default()) };
+    let fail = |e: std::io::Error| Fault::io("read", path, &e);
+    let mut text = Vec::new();
+    // With comments and escapes it may be longer than the paths are.
+    File::open(path).map_err(fail)?.take(4 * BYTES_MAX as u64).read_to_end(&mut text).map_err(fail)?;
+    Waivers::parse(&text).map_err(|e| Fault::new(FaultKind::Usage, format!("waivers {}: {e}", path.display())))
+}
+
+/// Says on standard error what the operator may not expect: waivers that were of no use, KEKs that were not destroyed.
+pub fn tell(r: &Report) {
+    for path in &r.waivers_unused {
+        eprintln!("envelopefs: waiver not needed: nothing failed at {path}; take it off the list");
+    }
+    for kek in &r.kept {
+        eprintln!(
+            "envelopefs: KEK {kek} was not destroyed: what is waived needs it, or may; mend or remove that, and rotate again"
+        );
+    }
+}

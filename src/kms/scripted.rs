@@ -92,6 +92,7 @@ struct State {
     oldest: usize,
     script: HashMap<Call, VecDeque<Behaviour>>,
     otherwise: Behaviour,
+    about: HashMap<[u8; 16], Behaviour>,
     calls: Vec<(Call, WrapContext)>,
     batches: usize,
 }
@@ -116,6 +117,7 @@ impl Scripted {
             oldest: 0,
             script: HashMap::new(),
             otherwise: Behaviour::Obey,
+            about: HashMap::new(),
             calls: Vec::new(),
             batches: 0,
         };
@@ -131,6 +133,13 @@ impl Scripted {
     /// Every call without a behaviour of its own gets this one from now on; [`Behaviour::Obey`] ends it.
     pub fn always(&self, behaviour: Behaviour) -> &Self {
         self.state.lock().otherwise = behaviour;
+        self
+    }
+
+    /// Every call about this object (the file of a DEK, a KEK) gets this one from now on, unless the script has one for
+    /// it; [`Behaviour::Obey`] ends it.
+    pub fn about(&self, object: [u8; 16], behaviour: Behaviour) -> &Self {
+        self.state.lock().about.insert(object, behaviour);
         self
     }
 
@@ -174,7 +183,7 @@ impl Scripted {
             let mut s = self.state.lock();
             s.calls.push((call, context.clone()));
             let next = s.script.get_mut(&call).and_then(VecDeque::pop_front);
-            next.unwrap_or_else(|| s.otherwise.clone())
+            next.unwrap_or_else(|| s.about.get(&context.object).unwrap_or(&s.otherwise).clone())
         };
         match &behaviour {
             Behaviour::Fail(e) => return Err(e.clone()),
@@ -295,7 +304,10 @@ mod tests {
         assert!(s.wrap(&key, &c).unwrap().is_empty());
         s.outage();
         assert!(s.unwrap(&w, &c).unwrap_err().is_retryable());
-        s.always(Behaviour::Obey).then(Call::Unwrap, Behaviour::Forget);
+        s.always(Behaviour::Obey).about(c.object, Behaviour::Fail(denied.clone()));
+        assert_eq!(s.unwrap(&w, &c).unwrap_err(), denied);
+        assert!(s.wrap(&key, &WrapContext { object: [9; 16], ..c.clone() }).is_ok(), "another object");
+        s.about(c.object, Behaviour::Obey).then(Call::Unwrap, Behaviour::Forget);
         assert!(s.unwrap(&w, &c).is_err());
         assert!(s.unwrap(&w, &c).is_err(), "what is forgotten stays forgotten");
     }

@@ -1,11 +1,14 @@
 //! Rotation over whole stores: on a simulated disk that stops and loses power anywhere, and on a real directory with
 //! threads at work in it.
 
+mod causes;
 mod crash;
 mod destroy;
 mod live;
 mod refuse;
 mod restored;
+mod steer;
+mod waive;
 
 use super::*;
 use crate::backing::sim::SimDisk;
@@ -44,6 +47,32 @@ fn one_job() -> Options {
 fn rotate<B: Backing>(store: &Arc<Store<B>>, options: &Options) -> crate::store::Result<Report> {
     let ctx = Context { shared: store.shared(), moves: &**store };
     run(&ctx, options, &(), &Control::new())
+}
+
+/// Calls a function at each change of state, before anything is done in it.
+struct AtState<F: Fn(&Status) + Sync>(parking_lot::Mutex<Option<State>>, F);
+
+impl<F: Fn(&Status) + Sync> AtState<F> {
+    fn new(f: F) -> Self {
+        Self(parking_lot::Mutex::new(None), f)
+    }
+}
+
+impl<F: Fn(&Status) + Sync> Progress for AtState<F> {
+    fn update(&self, s: &Status) {
+        if self.0.lock().replace(s.state) != Some(s.state) {
+            (self.1)(s);
+        }
+    }
+}
+
+fn rotate_with<B: Backing>(
+    store: &Arc<Store<B>>,
+    options: &Options,
+    at_state: impl Fn(&Status) + Sync,
+) -> crate::store::Result<Report> {
+    let ctx = Context { shared: store.shared(), moves: &**store };
+    run(&ctx, options, &AtState::new(at_state), &Control::new())
 }
 
 fn dir<B: Backing>(store: &Arc<Store<B>>, path: &str) -> Arc<Node<B>> {

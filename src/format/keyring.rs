@@ -107,7 +107,7 @@ pub struct KekRecord {
     pub activated: u64,
     /// When another KEK took over.
     pub retired: u64,
-    /// When a scan of every header proved that none names this KEK any more.
+    /// When a scan of every header proved that none names this KEK any more, but for what the operator waived.
     pub unused: u64,
     pub destroyed: u64,
     /// Kind external: the root key that wraps DEKs.

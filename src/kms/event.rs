@@ -89,7 +89,7 @@ pub enum KekChange {
     Activated,
     /// No longer the one that wraps.
     Retired,
-    /// A scan of every header proved that none names it.
+    /// A scan of every header proved that none names it, but for what [`Change::Waived`] told before.
     Unused,
     /// Its wrapped bytes were removed from the keyring.
     Destroyed,

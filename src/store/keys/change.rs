@@ -114,8 +114,9 @@ impl Keys {
         Ok(())
     }
 
-    /// Records that a scan of every header proved that none names the retired KEK `id`: its record's `unused` is set,
-    /// and [`Keys::destroy`] accepts it. Does nothing if that is recorded already.
+    /// Records that a scan of every header proved that none names the retired KEK `id`, but for what the operator waived:
+    /// its record's `unused` is set, and [`Keys::destroy`] accepts it. So whoever calls that must know from a scan that
+    /// nothing which was waived needs the KEK. Does nothing if it is recorded already.
     ///
     /// # Errors
     /// [`StoreError::KeyState`] if `id` is not retired, that is, no other KEK was made active after it.

@@ -147,17 +147,17 @@ impl View {
 fn text(v: &View) -> String {
     let mut t = String::new();
     match &v.rotation {
-        Some(RotationState { running: true, status: None, .. }) => t += "state      starting\n",
+        Some(RotationState { running: true, status: None, .. }) => t += "state     starting\n",
         Some(RotationState { running: true, status: Some(s), .. }) => t += &running(s),
         Some(RotationState { report: Some(r), .. }) => t += &ended(r),
-        Some(RotationState { fault: Some(f), .. }) => t += &format!("state      failed: {f}\n"),
+        Some(RotationState { fault: Some(f), .. }) => t += &format!("state     failed: {f}\n"),
         _ => match &v.disk.last_rotation {
             Some(l) => t += &noted(l, v.is_under_way()),
-            None => t += "state      there was no rotation\n",
+            None => t += "state     there was no rotation\n",
         },
     }
     if v.disk.rotation_unfinished && !v.is_under_way() {
-        t += "unfinished headers may be under old KEKs; the next rotate goes on with it\n";
+        t += "unfinished: headers may be under old KEKs; the next rotate goes on with it\n";
     }
     t + &v.disk.exceptions.as_ref().map_or_else(String::new, in_words)
 }
@@ -181,23 +181,23 @@ fn listed(all: &[Failure]) -> String {
 }
 
 fn running(s: &Status) -> String {
-    let mut t = format!("state      {}{}\n", phase(s.state), standing(s));
-    t += &format!("since      {}, begun {}\n", rfc3339_seconds(s.since), rfc3339_seconds(s.started));
+    let mut t = format!("state     {}{}\n", phase(s.state), standing(s));
+    t += &format!("since     {}, begun {}\n", rfc3339_seconds(s.since), rfc3339_seconds(s.started));
     if let Some(k) = s.target {
-        t += &format!("target     KEK {k}\n");
+        t += &format!("target    KEK {k}\n");
     }
     let of = s.expected.map_or(String::new(), |n| format!(" of {n}"));
     let c = &s.counts;
-    t += &format!("pass       {}, {}{of} files, {:.0} a second\n", s.pass, c.scanned, s.rate);
+    t += &format!("pass      {}, {}{of} files, {:.0} a second\n", s.pass, c.scanned, s.rate);
     t += &format!(
-        "files      {} rewrapped, {} current, {} empty, {} vanished, {} failed\n",
+        "files     {} rewrapped, {} current, {} empty, {} vanished, {} failed\n",
         c.rewrapped, c.current, c.empty, c.vanished, c.failed
     );
     for (kek, n) in &s.headers_by_kek {
-        t += &format!("headers    {n} found under KEK {kek}\n");
+        t += &format!("headers   {n} found under KEK {kek}\n");
     }
     if let (Some(pass), Some(run)) = (s.eta, s.run_eta) {
-        t += &format!("left       {} of this pass, {} of the rotation\n", minutes(pass), minutes(run));
+        t += &format!("left      {} of this pass, {} of the rotation\n", minutes(pass), minutes(run));
     }
     t + &failing("sweep", &s.sweep_failures) + &failing("scan", &s.verify_failures)
 }
@@ -206,35 +206,35 @@ fn failing(pass: &str, f: &Failing) -> String {
     let mut t = String::new();
     if f.total > 0 {
         let codes: Vec<String> = f.by_code.iter().map(|(code, n)| format!("{n} {code}")).collect();
-        t += &format!("failed     {} in the {pass}: {}\n", f.total, codes.join(", "));
+        t += &format!("failed    {} in the {pass}: {}\n", f.total, codes.join(", "));
         t += &listed(&f.first);
     }
     if f.waived > 0 {
-        t += &format!("waived     {} that failed in the {pass}\n", f.waived);
+        t += &format!("waived    {} that failed in the {pass}\n", f.waived);
     }
     t
 }
 
 fn ended(r: &Report) -> String {
-    let mut t = format!("state      {}\n", outcome(r.outcome));
-    t += &format!("time       {} to {}\n", rfc3339_seconds(r.started), rfc3339_seconds(r.finished));
-    t += &format!("target     KEK {}\n", r.target);
-    t += &format!("files      {} moved, {} failed, {} waived\n", r.sweep.rewrapped, r.failures_total, r.waived.len());
+    let mut t = format!("state     {}\n", outcome(r.outcome));
+    t += &format!("time      {} to {}\n", rfc3339_seconds(r.started), rfc3339_seconds(r.finished));
+    t += &format!("target    KEK {}\n", r.target);
+    t += &format!("files     {} moved, {} failed, {} waived\n", r.sweep.rewrapped, r.failures_total, r.waived.len());
     t + &listed(&r.failures)
 }
 
 fn noted(l: &LastRotation, under_way: bool) -> String {
     let mut t = match under_way {
-        true => format!("state      {}, in another process\n", phase(l.state)),
-        false => format!("state      {}, when it was last written down\n", phase(l.state)),
+        true => format!("state     {}, in another process\n", phase(l.state)),
+        false => format!("state     {}, when it was last written down\n", phase(l.state)),
     };
-    t += &format!("time       begun {}, written down {}\n", rfc3339_seconds(l.started), rfc3339_seconds(l.noted));
-    t += &format!("target     KEK {}\n", l.target);
+    t += &format!("time      begun {}, written down {}\n", rfc3339_seconds(l.started), rfc3339_seconds(l.noted));
+    t += &format!("target    KEK {}\n", l.target);
     if l.files > 0 {
-        t += &format!("files      {} in the store as last counted\n", l.files);
+        t += &format!("files     {} in the store as last counted\n", l.files);
     }
     if l.cursor {
-        t += "cursor     known: the next rotate goes on from there\n";
+        t += "cursor    known: the next rotate goes on from there\n";
     }
     t
 }
@@ -282,16 +282,16 @@ mod tests {
         assert_eq!(
             running(&s),
             format!(
-                "state      rewrapping, waiting for the key service\n\
-                 since      2026-09-21T14:13:21Z, begun 2026-09-21T14:13:20Z\n\
-                 target     KEK {two}\n\
-                 pass       1, 9 of 100 files, 4 a second\n\
-                 files      5 rewrapped, 1 current, 0 empty, 0 vanished, 3 failed\n\
-                 headers    5 found under KEK {one}\n\
-                 left       60 s of this pass, 2.0 h of the rotation\n\
-                 failed     3 in the sweep: 2 EIO, 1 wrap-auth\n  \
+                "state     rewrapping, waiting for the key service\n\
+                 since     2026-09-21T14:13:21Z, begun 2026-09-21T14:13:20Z\n\
+                 target    KEK {two}\n\
+                 pass      1, 9 of 100 files, 4 a second\n\
+                 files     5 rewrapped, 1 current, 0 empty, 0 vanished, 3 failed\n\
+                 headers   5 found under KEK {one}\n\
+                 left      60 s of this pass, 2.0 h of the rotation\n\
+                 failed    3 in the sweep: 2 EIO, 1 wrap-auth\n  \
                  d/f: I/O error (EIO); nothing below it was looked at\n\
-                 waived     1 that failed in the sweep\n"
+                 waived    1 that failed in the sweep\n"
             )
         );
     }

@@ -198,7 +198,7 @@ fn the_status_of_a_rotation_is_told_while_it_runs_and_after() {
         (code, &v["rotation"], &v["last_rotation"], &v["exceptions"]),
         (Some(0), &Value::Null, &Value::Null, &Value::Null)
     );
-    assert_eq!(b.ok("rotate mnt --status"), "state      there was no rotation\n");
+    assert_eq!(b.ok("rotate mnt --status"), "state     there was no rotation\n");
     spoil(&b, "1");
     b.ok("rotate mnt --detach --rate 4 --jobs 1");
     wait_for("the failure", || status().1["rotation"]["status"]["sweep_failures"]["total"] == 1);
@@ -216,8 +216,8 @@ fn the_status_of_a_rotation_is_told_while_it_runs_and_after() {
     b.ok("rotate mnt --pause");
     wait_for("the pause", || status().1["rotation"]["status"]["paused"] == true);
     let text = b.ok("rotate back --status");
-    assert!(text.starts_with("state      rewrapping, paused\nsince      20"), "{text}");
-    assert!(text.contains("\nfailed     1 in the sweep: 1 header-magic\n  1: not an envelopefs file"), "{text}");
+    assert!(text.starts_with("state     rewrapping, paused\nsince     20"), "{text}");
+    assert!(text.contains("\nfailed    1 in the sweep: 1 header-magic\n  1: not an envelopefs file"), "{text}");
     b.ok("rotate mnt --resume");
     b.ok("rotate mnt --cancel");
     wait_for("the end", || status().1["rotation"]["running"] == false);
@@ -239,8 +239,8 @@ fn the_status_of_a_rotation_is_told_while_it_runs_and_after() {
     assert_eq!(b.json("status back --json")["last_rotation"], v["last_rotation"], "the same as everywhere else");
     let o = b.run("rotate back --status");
     let text = b.masked(&o.stdout);
-    assert!(text.starts_with("state      cancelled, when it was last written down\ntime       begun 20"), "{text}");
-    assert!(text.ends_with("unfinished headers may be under old KEKs; the next rotate goes on with it\n"), "{text}");
+    assert!(text.starts_with("state     cancelled, when it was last written down\ntime      begun 20"), "{text}");
+    assert!(text.ends_with("unfinished: headers may be under old KEKs; the next rotate goes on with it\n"), "{text}");
     fs::remove_file(b.path("back/1")).unwrap();
     b.ok("rotate back");
     let (code, v, _) = said(&b, "rotate back --status --json");
@@ -312,7 +312,7 @@ fn a_rotation_in_another_process_is_told_by_its_journal() {
     let (code, v, _) = said(&b, "rotate back --status --json");
     assert_eq!((code, &v["mounted"], &v["locked"]), (Some(0), &false.into(), &true.into()));
     assert_eq!(v["rotation_unfinished"], true);
-    assert!(b.ok("rotate back --status").starts_with("state      rewrapping, in another process\n"));
+    assert!(b.ok("rotate back --status").starts_with("state     rewrapping, in another process\n"));
     assert_eq!(b.run("rotate back --cancel").status.code(), Some(7), "locked by it");
     other.kill().unwrap();
     other.wait().unwrap();

@@ -5,7 +5,7 @@ VENV   := target/venv
 PYTHON := $(VENV)/bin/python
 BIN    := target/debug/envelopefs
 
-.PHONY: help setup build check fmt lint features test test-rust test-reader test-fuzz bench bench-services kill-test storm-test fuzz quickstart install clean
+.PHONY: help setup build check fmt lint features test test-rust test-reader test-fuzz bench bench-services bench-rotation kill-test storm-test fuzz quickstart install clean
 
 help:
 	@echo 'make quickstart   install what is needed, build, and show a store at work in a temporary folder'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test         every test'
 	@echo 'make bench        ratios to the native directory and to gocryptfs (BENCH_ARGS=--quick for a short run)'
 	@echo 'make bench-services  making and opening files with root keys in key services'
+	@echo 'make bench-rotation  speed of a rotation beside that of the disk, and what it costs users (BENCH_ARGS=--files=1000000)'
 	@echo 'make kill-test    kill -9 of the daemon under load, again and again (KILLS=100)'
 	@echo 'make storm-test   rotations while files and directories are renamed all the time (SECONDS=180)'
 	@echo 'make fuzz         coverage-guided fuzzing (TARGET=header SECONDS=60)'
@@ -65,6 +66,9 @@ bench: build
 
 bench-services: setup build
 	$(PYTHON) scripts/services_bench.py --binary target/release/envelopefs $(BENCH_ARGS)
+
+bench-rotation: build
+	scripts/rotation_bench.py --binary target/release/envelopefs $(BENCH_ARGS)
 
 kill-test: build
 	scripts/kill_test.py --binary target/release/envelopefs --kills $(or $(KILLS),100)

@@ -15,7 +15,7 @@ use crate::format::ids::{KekId, StoreId};
 use crate::kms::event::Operation;
 use crate::store::Result;
 use crate::store::StoreError;
-use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, unwrap_slot, wrap_slot};
+use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, slots_are, unwrap_slot, wrap_slot};
 use crate::store::keys::{KekHandle, Watch};
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
@@ -151,10 +151,8 @@ pub(super) fn first_half<B: Backing>(
         let from = pair.authoritative()?.1.kek;
         let plan = plan(shared, target, &pair)?;
         let lock = shared.inode_locks.exclusive(stat.dev, stat.ino);
-        match read_slots(&shared.backing, &file, Source::Cache)? {
-            None => return Ok(First::Empty),
-            Some((_, now)) if now != old => continue,
-            Some(_) => {}
+        if !slots_are(&shared.backing, &file, &old)? {
+            continue;
         }
         if plan.write || again {
             write_slot(&shared.backing, &node, &file, plan.slot, &plan.bytes)?;
@@ -256,10 +254,8 @@ pub(super) enum Second {
 /// The backing directory's.
 pub(super) fn second_half<B: Backing>(shared: &Shared<B>, half: Half<B>) -> Result<Second> {
     let _lock = shared.inode_locks.exclusive(half.stat.dev, half.stat.ino);
-    match read_slots(&shared.backing, &half.file, Source::Cache) {
-        Ok(Some((_, now))) if now == half.expect => {}
-        Ok(_) | Err(StoreError::Damage(_)) => return Ok(Second::Again),
-        Err(e) => return Err(e),
+    if !slots_are(&shared.backing, &half.file, &half.expect)? {
+        return Ok(Second::Again);
     }
     write_slot(&shared.backing, &half.node, &half.file, half.written.other(), &half.bytes)?;
     Ok(Second::Done)

@@ -49,6 +49,15 @@ pub fn read_slots<B: Backing>(b: &B, file: &B::File, from: Source) -> Result<Opt
     Ok(Some((pair, bytes)))
 }
 
+/// Whether a backing file's slots are these bytes, as any reader sees them.
+///
+/// # Errors
+/// The backing directory's.
+pub fn slots_are<B: Backing>(b: &B, file: &B::File, expected: &[u8; SLOTS_LEN]) -> Result<bool> {
+    let mut bytes = [0u8; SLOTS_LEN];
+    Ok(backing::read_into(b, file, &mut bytes, 0)? == SLOTS_LEN && bytes == *expected)
+}
+
 /// Whether a file of `size` backing bytes with this damage to its header is a new one whose first page never reached
 /// the disk: it has no content, so nothing is lost, and its next writer starts it afresh.
 pub fn is_unborn(size: u64, d: &Damage) -> bool {

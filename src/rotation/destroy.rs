@@ -87,7 +87,7 @@ fn prove_unused<B: Backing>(
         moves: ctx.moves,
         control,
         failures: &failures,
-        workers: options.worker_count(),
+        workers: options.reader_count(),
         gentle: true,
     };
     let began = Instant::now();

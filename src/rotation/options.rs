@@ -18,7 +18,7 @@ pub struct Options {
     pub rate: Option<NonZeroU32>,
     /// Take no heed of what users of the store wait: neither rest between slices of work nor idle I/O priority.
     pub full_speed: bool,
-    /// Workers. `None`: as many as there are processors, at most 8.
+    /// Workers. `None`: for a sweep as many as there are processors, at most 8; for a scan [`READERS`].
     pub jobs: Option<NonZeroUsize>,
     /// How long a key service that does not answer is waited for in the middle of a sweep, before files count as
     /// failed. Zero: not at all.
@@ -56,7 +56,13 @@ impl std::fmt::Debug for Options {
 }
 
 impl Options {
-    /// How many workers to start.
+    /// How many workers a scan starts. They wait for the disk nearly all of the time, so the number of processors says
+    /// nothing.
+    pub fn reader_count(&self) -> usize {
+        self.jobs.map_or(READERS, |n| n.get().min(WORKERS_MAX))
+    }
+
+    /// How many workers a sweep starts.
     pub fn worker_count(&self) -> usize {
         self.jobs.map_or_else(
             || std::thread::available_parallelism().map_or(2, NonZeroUsize::get).min(8),
@@ -64,6 +70,10 @@ impl Options {
         )
     }
 }
+
+/// Workers of a scan, if nothing else is asked for: as many reads as keep a disk that can do several at once busy
+/// (`docs/adr/0022-speed-of-rotation.md` has the measurement).
+pub const READERS: usize = 16;
 
 /// Most workers a run starts, whatever it is told: each keeps a batch of files open.
 pub const WORKERS_MAX: usize = 64;

@@ -286,13 +286,13 @@ impl<'a, B: Backing> Run<'a, B> {
         Ok(Ok(false))
     }
 
-    fn pass<'p>(&'p self, failures: &'p Failures) -> Pass<'p, B> {
+    fn pass<'p>(&'p self, failures: &'p Failures, workers: usize) -> Pass<'p, B> {
         Pass {
             backing: &self.ctx.shared.backing,
             moves: self.ctx.moves,
             control: self.control,
             failures,
-            workers: self.options.worker_count(),
+            workers,
             gentle: !self.options.full_speed,
         }
     }
@@ -313,7 +313,7 @@ impl<'a, B: Backing> Run<'a, B> {
         };
         let pass_began = Instant::now();
         let (mut noted, mut reached) = (Instant::now(), cursor.to_vec());
-        let end = self.pass(&failures).run(cursor, &sweep, &mut |at| {
+        let end = self.pass(&failures, self.options.worker_count()).run(cursor, &sweep, &mut |at| {
             let Swept { counts, found_under } = sweep.swept.lock().clone();
             let waiting = sweep.patience.lock().is_waiting();
             let seconds = pass_began.elapsed().as_secs_f64();
@@ -366,7 +366,7 @@ impl<'a, B: Backing> Run<'a, B> {
             found: Mutex::new(Found::default()),
         };
         let pass_began = Instant::now();
-        let end = self.pass(&failures).run(b"", &verify, &mut |_| {
+        let end = self.pass(&failures, self.options.reader_count()).run(b"", &verify, &mut |_| {
             let found = verify.found.lock();
             let (counts, headers_by_kek) = (found.counts, found.headers.clone());
             drop(found);

@@ -60,9 +60,9 @@ impl Histogram {
             .map(Level)
     }
 
-    /// Calls that took longer than `level` by more than `doublings` times its double.
-    pub fn above(&self, level: Level, doublings: usize) -> u64 {
-        self.0.iter().skip(level.0 + 4 * doublings + 1).sum()
+    /// Calls that took longer than `level` by at least `buckets` whole buckets, of which four are a doubling.
+    pub fn above(&self, level: Level, buckets: usize) -> u64 {
+        self.0.iter().skip(level.0 + buckets + 1).sum()
     }
 
     /// Takes in what another one counted.
@@ -183,7 +183,7 @@ mod tests {
         let level = h.quantile(0.99, 100).unwrap();
         assert_eq!(level, Level(bucket(Duration::from_micros(100))));
         assert_eq!(h.quantile(0.99, 101), None);
-        assert_eq!((h.above(level, 0), h.above(level, 1), h.above(level, 4)), (1, 1, 0));
+        assert_eq!((h.above(level, 0), h.above(level, 4), h.above(level, 16)), (1, 1, 0));
         h.fade();
         assert_eq!(h.total(), 49);
     }

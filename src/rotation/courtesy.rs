@@ -28,6 +28,8 @@ const SLOW_ONE_IN: u64 = 200;
 /// A call is slow from so many buckets above the usual one on. A bucket is a quarter of a doubling wide and says no more
 /// about what is in it, so this is between 1.7 and twice the usual: with four, the promised twice could be missed.
 const SLOW_FROM: usize = 3;
+/// Headers to a barrier while there are users, whose fsync waits for it.
+const BURST: usize = 32;
 
 /// The share of time for work, and when the next slice is.
 #[derive(Debug)]
@@ -60,6 +62,11 @@ impl Courtesy {
     /// The share of time for work at present, 0 to 1.
     pub(super) fn share(&self) -> f64 {
         self.share
+    }
+
+    /// How many headers may be written before they are made durable together.
+    pub(super) fn burst(&self) -> usize {
+        if self.share < 1.0 { BURST } else { usize::MAX }
     }
 
     /// How long a worker that is about to begin something must rest first, at `now`.
@@ -193,6 +200,17 @@ mod tests {
             c.step(&calls(100, usual), &calls(100, 2 * usual));
             assert_eq!(c.share(), before / 2.0, "{usual}");
         }
+    }
+
+    #[test]
+    fn bursts_are_short_while_there_are_users() {
+        let mut c = Courtesy::new();
+        c.step(&calls(100, 50), &none());
+        assert_eq!(c.burst(), BURST);
+        (0..3).for_each(|_| c.step(&none(), &none()));
+        assert_eq!(c.burst(), usize::MAX);
+        c.step(&calls(100, 50), &none());
+        assert_eq!(c.burst(), BURST);
     }
 
     #[test]

@@ -122,16 +122,12 @@ impl<B: Backing> Sweep<'_, B> {
         }
         durable
     }
-}
 
-impl<B: Backing> Visitor<B> for Sweep<'_, B> {
-    fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled> {
-        let _at_work = self.turns.at_work();
-        let counts = Counts { scanned: items.len() as u64, ..Counts::default() };
-        let mut done = Swept { counts, ..Swept::default() };
+    /// Both halves of `items`, with one barrier in between.
+    fn together(&self, items: Vec<Item<B>>, done: &mut Swept) -> Result<(), Cancelled> {
         let (mut end, mut todo) = (Ok(()), items);
         for _ in 0..TRIES {
-            let halves = self.begin(std::mem::take(&mut todo), &mut done, &mut end);
+            let halves = self.begin(std::mem::take(&mut todo), done, &mut end);
             for (item, h) in self.barrier(halves, &mut done.counts) {
                 let from = h.from;
                 match second_half(self.shared, h) {
@@ -152,6 +148,20 @@ impl<B: Backing> Visitor<B> for Sweep<'_, B> {
                 let busy = std::io::Error::from_raw_os_error(libc::EBUSY);
                 self.fail(&mut done.counts, item.shown(), &busy.into());
             }
+        }
+        end
+    }
+}
+
+impl<B: Backing> Visitor<B> for Sweep<'_, B> {
+    fn batch(&self, items: Vec<Item<B>>) -> Result<(), Cancelled> {
+        let _at_work = self.turns.at_work();
+        let counts = Counts { scanned: items.len() as u64, ..Counts::default() };
+        let mut done = Swept { counts, ..Swept::default() };
+        let mut items = items.into_iter();
+        let mut end = Ok(());
+        while end.is_ok() && items.len() > 0 {
+            end = self.together(items.by_ref().take(self.turns.burst()).collect(), &mut done);
         }
         let mut all = self.swept.lock();
         all.counts += done.counts;

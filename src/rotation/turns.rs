@@ -62,6 +62,12 @@ impl<'a> Turns<'a> {
         waited
     }
 
+    /// How many headers may be begun before they are made durable together: a long burst is quicker, and a short one is
+    /// less to wait behind for users.
+    pub(super) fn burst(&self) -> usize {
+        self.courtesy.as_ref().map_or(usize::MAX, |c| c.lock().burst())
+    }
+
     fn rest(&self, c: &mut Courtesy, now: Instant) -> Duration {
         if c.is_step_due(now) {
             let (quiet, busy) = self.load.take();

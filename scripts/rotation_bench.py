@@ -276,7 +276,7 @@ def show_speed(results):
 
     print(f"\nHeaders a second, medians; x: of the ceiling of the same round\n{'':34}{'sweep':>9}{'x':>6}{'verify':>9}"
           f"{'x':>6}{'both':>9}{'cpu us':>9}{'RSS MiB':>9}{'after':>9}{'peak':>9}")
-    ceiling = results["ceiling, pages set off"]
+    ceiling = results["ceiling"]
     for name in results:
         row = f"{name:34}"
         for key in ("sweep", "verify"):
@@ -417,10 +417,10 @@ class Rotating:
 def phase(store, load, folder, seconds, full_speed):
     """Rate, p50 and p99 by kind of call, of the calls that began while a rotation ran (or none, if None)."""
     if full_speed is None:
-        calls, running = (load or run_fio)(folder, seconds), None
+        calls, running = load(folder, seconds), None
     else:
         with Rotating(store, full_speed) as running:
-            calls = (load or run_fio)(folder, seconds)
+            calls = load(folder, seconds)
     if isinstance(calls, dict):
         return calls
     during = (lambda t: True) if running is None else (lambda t: any(a <= t <= b for a, b in running.intervals))
@@ -436,32 +436,34 @@ def figures_of(took):
     return {"rate": len(took) / sum(took), "p50": took[len(took) // 2], "p99": took[int(len(took) * 0.99)]}
 
 
-def cost(store, rounds, seconds, paces):
-    """(load, kind, pace) → figures of each round, beside those of the idle phase of the same round."""
+def cost(store, binaries, rounds, seconds, paces):
+    """Binary → (load, kind, pace) → figures of each round, beside those of the idle phase of the same round."""
     loads = [(k.name, lambda folder, s, k=k: run_load(k, folder, store.mnt, s)) for k in (Files, SqliteWal, SqliteRollback)]
     if shutil.which("fio"):
         loads.append(("fio", run_fio))
     else:
-        say("fio is not installed (apt-get install fio); going on without")
-    folder = os.path.join(store.mnt, "load")
-    results = {}
-    store.mount()
-    os.makedirs(folder, exist_ok=True)
+        say("fio is not installed (apt-get install fio); going on without it")
+    folder, phases = os.path.join(store.mnt, "load"), [None, *paces]
+    results = {b: {} for b in binaries}
     for r in range(rounds):
-        for name, load in loads:
-            load(folder, 1)
-            phases = [None, *paces]
-            found = {p: phase(store, load, folder, seconds, p) for p in phases[r % len(phases):] + phases[:r % len(phases)]}
-            for p in paces:
-                for kind in found[None].keys() & found[p].keys():
-                    results.setdefault((name, kind, pace(p)), []).append((found[None][kind], found[p][kind]))
+        for b in binaries[r % len(binaries):] + binaries[:r % len(binaries)]:
+            store.binary = b
+            store.mount()
+            os.makedirs(folder, exist_ok=True)
+            for name, load in loads:
+                load(folder, 1)
+                order = phases[r % len(phases):] + phases[:r % len(phases)]
+                found = {p: phase(store, load, folder, seconds, p) for p in order}
+                for p in paces:
+                    for kind in found[None].keys() & found[p].keys():
+                        results[b].setdefault((name, kind, pace(p)), []).append((found[None][kind], found[p][kind]))
+            store.unmount()
         say(f"cost: round {r + 1} of {rounds}")
-    store.unmount()
     return results
 
 
 def show_cost(results):
-    print(f"\nBeside a rotation, as a multiple of idle; medians of the rounds (least to most)\n{'':46}{'rate':>6}{'p50':>6}"
+    print(f"Beside a rotation, as a multiple of idle; medians of the rounds (least to most)\n{'':46}{'rate':>6}{'p50':>6}"
           f"{'p99':>6}{'':>14}{'idle p99':>11}")
     for (name, kind, at), rounds in results.items():
         ratios = {k: [busy[k] / idle[k] for idle, busy in rounds] for k in ("rate", "p50", "p99")}
@@ -497,13 +499,11 @@ def main():
             figures["speed"] = speed(store, binaries, a.rounds, paces)
             show_speed(figures["speed"])
         if "cost" in a.only:
+            found = cost(store, binaries, a.rounds, a.seconds, paces)
             for n, b in enumerate(binaries, 1):
-                store.binary = b
-                found = cost(store, a.rounds, a.seconds, paces)
-                if len(binaries) > 1:
-                    print(f"\n{n}: {b}", end="")
-                show_cost(found)
-                figures[f"cost {n}"] = {", ".join(k): v for k, v in found.items()}
+                print(f"\n{n}: {b}" if len(binaries) > 1 else "")
+                show_cost(found[b])
+                figures[f"cost {n}"] = {", ".join(k): v for k, v in found[b].items()}
         if a.json:
             with open(a.json, "w", encoding="ascii") as f:
                 json.dump(figures, f, indent=1)

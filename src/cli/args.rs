@@ -240,7 +240,7 @@ pub struct RotateArgs {
     /// Take no heed of what users of the store wait meanwhile; without: as fast as they hardly feel it
     #[arg(long)]
     pub full_speed: bool,
-    /// N worker threads
+    /// N worker threads, for the sweep and for the scan
     #[arg(long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
     /// Wait up to SECONDS for a key service that stops answering, before files count as failed

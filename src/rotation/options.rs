@@ -77,3 +77,18 @@ pub const READERS: usize = 16;
 
 /// Most workers a run starts, whatever it is told: each keeps a batch of files open.
 pub const WORKERS_MAX: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scan_has_more_workers_than_there_are_processors_unless_told() {
+        let jobs = |n| Options { jobs: NonZeroUsize::new(n), ..Options::default() };
+        assert_eq!(Options::default().reader_count(), READERS);
+        assert!((1..=8).contains(&Options::default().worker_count()));
+        for (asked, started) in [(1, 1), (3, 3), (64, 64), (1000, WORKERS_MAX)] {
+            assert_eq!((jobs(asked).worker_count(), jobs(asked).reader_count()), (started, started));
+        }
+    }
+}

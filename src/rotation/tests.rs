@@ -222,6 +222,24 @@ fn moves_every_header_and_retires_the_old_kek() {
 }
 
 #[test]
+fn fewer_headers_are_made_durable_at_once_while_there_may_be_users() {
+    let (disk, root) = (SimDisk::default(), Scripted::new("root"));
+    init(&disk, &root);
+    let store = open(disk.clone(), &root);
+    (0..100).for_each(|i| write(&store, &format!("{i}"), b"x"));
+    let operations = |full_speed| {
+        let before = disk.operations();
+        let report = rotate(&store, &Options { full_speed, ..one_job() }).unwrap();
+        assert_eq!((report.outcome, report.sweep.rewrapped), (Outcome::Complete, 100));
+        disk.operations() - before
+    };
+    // The first one makes the journal.
+    operations(true);
+    // All in one batch, so what there is more of are barriers.
+    assert!(operations(false) > operations(true));
+}
+
+#[test]
 fn a_report_survives_json() {
     let (disk, root, _) = filled();
     let report = rotate(&open(disk, &root), &one_job()).unwrap();

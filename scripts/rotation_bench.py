@@ -455,7 +455,7 @@ def cost(store, binaries, rounds, seconds, paces):
                 order = phases[r % len(phases):] + phases[:r % len(phases)]
                 found = {p: phase(store, load, folder, seconds, p) for p in order}
                 for p in paces:
-                    for kind in found[None].keys() & found[p].keys():
+                    for kind in sorted(found[None].keys() & found[p].keys()):
                         results[b].setdefault((name, kind, pace(p)), []).append((found[None][kind], found[p][kind]))
             store.unmount()
         say(f"cost: round {r + 1} of {rounds}")

@@ -2,10 +2,12 @@
 //! the first one opens the store.
 
 use crate::crypto::secret::Secret32;
+use crate::kms::guard::lane::Background;
 use crate::kms::{self, Capabilities, ConnectOptions, Description, KeyProvider, KmsError, RootKeyUri, WrapContext};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 type Connected = Result<Arc<dyn KeyProvider>, KmsError>;
 
@@ -104,6 +106,13 @@ impl KeyProvider for LazyKey {
             None if !self.uri.scheme().is_remote() => Ok(()),
             Some(r) => r?.health(),
             None => self.provider()?.health(),
+        }
+    }
+
+    fn leave(&self, whose: Background, calls: u32) -> Result<(), Duration> {
+        match self.known() {
+            Some(Ok(p)) => p.leave(whose, calls),
+            _ => Ok(()),
         }
     }
 

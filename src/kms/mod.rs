@@ -26,7 +26,9 @@ pub use passphrase::{Argon2Cost, PassphraseSource};
 pub use uri::{RootKeyUri, Scheme};
 
 use crate::crypto::secret::Secret32;
+use guard::lane::Background;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What a wrapped key is for. Part of the context, so that one kind of wrapped key is never taken for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -212,6 +214,15 @@ pub trait KeyProvider: Send + Sync {
     /// # Errors
     /// What is wrong: any [`KmsError`] but `BadCiphertext`.
     fn health(&self) -> Result<(), KmsError> {
+        Ok(())
+    }
+
+    /// Leave for `calls` calls that no user waits for; to be asked for before them. Calls nobody and does not wait.
+    ///
+    /// # Errors
+    /// How long to wait before asking again.
+    fn leave(&self, whose: Background, calls: u32) -> Result<(), Duration> {
+        let _ = (whose, calls);
         Ok(())
     }
 

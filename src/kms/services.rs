@@ -47,6 +47,10 @@ pub struct Limits {
     pub breaker_pause_max: u64,
     /// Seconds for which a wrapped key that does not open is not tried again; 0: not at all.
     pub negative_cache: u64,
+    /// Per cent of `calls_per_second`, `burst` and `concurrent` that a rotation may use; 1 to 100.
+    pub rotation_share: u32,
+    /// The same for keys made and unwrapped ahead of need.
+    pub ahead_share: u32,
 }
 
 impl Default for Limits {
@@ -62,6 +66,8 @@ impl Default for Limits {
             breaker_pause: 1,
             breaker_pause_max: 30,
             negative_cache: 10,
+            rotation_share: 50,
+            ahead_share: 25,
         }
     }
 }
@@ -78,6 +84,8 @@ impl Limits {
             breaker_pause: self.breaker_pause.min(self.breaker_pause_max).min(HOUR),
             breaker_pause_max: self.breaker_pause_max.min(HOUR),
             negative_cache: self.negative_cache.min(HOUR),
+            rotation_share: self.rotation_share.clamp(1, 100),
+            ahead_share: self.ahead_share.clamp(1, 100),
             ..*self
         }
     }
@@ -225,12 +233,22 @@ mod tests {
             breaker_pause: n.into(),
             breaker_pause_max: n.into(),
             negative_cache: n.into(),
+            rotation_share: n,
+            ahead_share: n,
         };
-        let least = Limits { burst: 1, deadline: 1, attempts: 1, breaker_failures: 1, ..all(0) };
+        let shares = |n| Limits { rotation_share: n, ahead_share: n, ..all(0) };
+        let least = Limits { burst: 1, deadline: 1, attempts: 1, breaker_failures: 1, ..shares(1) };
         assert_eq!(all(0).bounded(), least);
         let m = u32::MAX;
-        let most =
-            Limits { deadline: 3600, breaker_pause: 3600, breaker_pause_max: 3600, negative_cache: 3600, ..all(m) };
+        let most = Limits {
+            deadline: 3600,
+            breaker_pause: 3600,
+            breaker_pause_max: 3600,
+            negative_cache: 3600,
+            rotation_share: 100,
+            ahead_share: 100,
+            ..all(m)
+        };
         assert_eq!(all(m).bounded(), most);
         assert_eq!(Limits { breaker_pause: 60, ..sane }.bounded().breaker_pause, 30, "the longest is the longest");
     }

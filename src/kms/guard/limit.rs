@@ -37,6 +37,22 @@ impl Rate {
         self.full_at = full_at + self.interval;
         Some(wait)
     }
+
+    /// How long until `n` calls could be made at once and the rest of the burst, of which they may use `part` per cent,
+    /// would be left; `None`: now. Takes no turn. More calls than that have to find it whole.
+    pub fn wait_for(&self, n: u32, part: u32, now: Instant) -> Option<Duration> {
+        let at = now.saturating_duration_since(self.origin);
+        let may_use = self.tolerance * part / 100;
+        let more = self.interval.saturating_mul(n.saturating_sub(1)).min(may_use);
+        let wait = (self.full_at.max(at) + more).saturating_sub(at + may_use);
+        (!wait.is_zero()).then_some(wait)
+    }
+
+    /// Takes `n` turns at once, whether it is their time or not.
+    pub fn take(&mut self, n: u32, now: Instant) {
+        let at = now.saturating_duration_since(self.origin);
+        self.full_at = self.full_at.max(at) + self.interval.saturating_mul(n);
+    }
 }
 
 /// Slots for calls under way.
@@ -54,6 +70,11 @@ impl Slots {
     /// `n` slots; zero: as many as anybody wants.
     pub fn new(n: u32) -> Self {
         Self { free: Mutex::new(if n == 0 { u32::MAX } else { n }), bell: Arc::default() }
+    }
+
+    /// How many are free.
+    pub fn free(&self) -> u32 {
+        *self.free.lock()
     }
 
     /// Takes a slot, waiting for one until `deadline`.

@@ -10,6 +10,8 @@
 //! 5. [`limit`]: no faster than the rate, and no more at once than there are slots;
 //! 6. [`observed`]: observers hear of every attempt that reaches the provider.
 //!
+//! Work that no user waits for asks leave first, see [`lane`].
+//!
 //! The parts decide, given the time and a random number; [`Guarded`] does the calling and the waiting. A call that is
 //! under way cannot be broken off: the deadline holds for beginning attempts and for waiting, and a provider bounds the
 //! time of one attempt. No error is made up that a caller could take for a refusal: whatever the guard decides by
@@ -18,6 +20,7 @@
 pub mod breaker;
 pub mod clock;
 pub mod flight;
+pub mod lane;
 pub mod limit;
 pub mod negative;
 pub mod observed;
@@ -37,6 +40,7 @@ use crate::crypto::secret::Secret32;
 use breaker::{Admission, Breaker, Cause, Outcome, Permit, Position, Refusal};
 use clock::{Clock, SystemClock};
 use flight::{Flights, Landing, Lost};
+use lane::{Background, Common, Lane};
 use limit::{Rate, Slot, Slots};
 use negative::Negative;
 use observed::Observed;
@@ -99,6 +103,9 @@ pub struct Guarded {
     breaker: Mutex<Breaker>,
     rate: Mutex<Rate>,
     slots: Slots,
+    /// For [`Background`] work.
+    rotation: Mutex<Lane>,
+    ahead: Mutex<Lane>,
     flights: Flights,
     negative: Mutex<Negative>,
 }
@@ -172,7 +179,10 @@ impl Guarded {
             pause: Duration::from_secs(limits.breaker_pause),
             pause_max: Duration::from_secs(limits.breaker_pause_max),
         };
+        let lane = |whose, share| Mutex::new(Lane::new(whose, share, limits.calls_per_second, limits.burst, now));
         Self {
+            rotation: lane(Background::Rotation, limits.rotation_share),
+            ahead: lane(Background::Ahead, limits.ahead_share),
             policy: retry::Policy::new(limits.attempts),
             counters: parts.metrics.counters(&parts.uri),
             gauge: parts.metrics.breaker(&parts.uri),
@@ -524,5 +534,20 @@ impl KeyProvider for Guarded {
             self.record(permit, outcome(&r));
         }
         r
+    }
+
+    /// While the service is left alone, nothing is done ahead of need; a rotation hears why from its calls.
+    fn leave(&self, whose: Background, calls: u32) -> Result<(), Duration> {
+        let now = self.clock.now();
+        if whose == Background::Ahead && self.breaker.lock().position() != Position::Closed {
+            return Err(Duration::from_secs(1));
+        }
+        let mut lane = match whose {
+            Background::Rotation => self.rotation.lock(),
+            Background::Ahead => self.ahead.lock(),
+        };
+        let (slots, free) = (self.limits.concurrent, self.slots.free());
+        let rate = self.rate.lock();
+        lane.ask(calls, Common { rate: &rate, slots, free }, now)
     }
 }

@@ -702,3 +702,27 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn work_that_nobody_waits_for_asks_leave_and_is_told_when_to_come_again() {
+    let b = bench(&Limits { calls_per_second: 100, burst: 8, ..Limits::default() });
+    let ask = |whose| b.guard.leave(whose, 1);
+    assert_eq!((0..9).map_while(|_| ask(Background::Rotation).ok()).count(), 4, "half of the burst");
+    assert_eq!((0..9).map_while(|_| ask(Background::Ahead).ok()).count(), 2, "a quarter");
+    let wait = ask(Background::Rotation).unwrap_err();
+    assert!(b.clock.slept().is_empty(), "who asks does not wait");
+    b.clock.advance(wait);
+    ask(Background::Rotation).unwrap();
+    b.clock.advance(S(1));
+    (0..8).for_each(|n| drop(wrapped(&b, n)));
+    assert!(b.clock.slept().is_empty(), "users have all of the burst");
+    assert!(ask(Background::Rotation).is_err() && ask(Background::Ahead).is_err());
+    // While the service is left alone, nothing is done ahead of need.
+    b.clock.advance(S(1));
+    b.inner.outage();
+    (0..3).for_each(|n| drop(b.guard.wrap(&Secret32::random(), &context(n))));
+    assert!(b.breaker_is(Position::Open));
+    b.clock.advance(S(20));
+    assert_eq!(ask(Background::Ahead), Err(S(1)));
+    assert_eq!(ask(Background::Rotation), Ok(()), "it hears from its call what is wrong");
+}

@@ -31,6 +31,8 @@ pub struct Defaults {
     /// FUSE threads.
     pub threads: Option<u16>,
     pub dek_cache: DekCacheConfig,
+    /// Most keys kept ready for files to come, where a key service wraps them; 0: none.
+    pub dek_pool: Option<usize>,
     /// `{store}` in it stands for the store's id.
     pub audit_log: Option<PathBuf>,
     pub audit_on_error: Option<OnError>,
@@ -162,6 +164,7 @@ mod tests {
         assert!(p.module.is_some() && p.token.is_some() && p.pin_file.is_some() && text.contains("pin_command"));
         let d = &c.defaults;
         assert!(d.refresh.is_some() && d.offline_grace.is_some() && d.on_denied == Some(OnDenied::Keep));
+        assert_eq!(d.dek_pool, Some(crate::cli::mount::DEK_POOL));
         assert_eq!(c.store["mail"].on_denied, Some(OnDenied::Drop));
         for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"]
             .iter()

@@ -21,6 +21,9 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Keys kept ready for files to come, unless the configuration says otherwise.
+pub(super) const DEK_POOL: usize = 64;
+
 /// Runs the subcommand; `argv` is what followed `mount` on the command line, for the child. The child itself returns its
 /// exit code and no fault: whoever started it has the fault from the pipe, and tells it.
 ///
@@ -138,6 +141,7 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
         keys: a.key.keys,
         connect,
         dek_cache: limits(&config),
+        dek_pool: d.dek_pool.unwrap_or(DEK_POOL),
         key_rules: key_rules(&config, table),
         mount,
         log,

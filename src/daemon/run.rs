@@ -36,6 +36,8 @@ const PURPOSE: &str = "mount";
 /// How long a daemon that is about to end is waited for, and how often it is looked for.
 const LEAVING_MAX: Duration = Duration::from_secs(10);
 const LEAVING_LOOK: Duration = Duration::from_millis(50);
+/// How long calls to a key service that nobody waits for hold up an unmount.
+const CALLS_END_MAX: Duration = Duration::from_secs(2);
 
 /// What is to be mounted, and how.
 #[derive(Debug)]
@@ -46,6 +48,8 @@ pub struct Plan {
     pub keys: Vec<String>,
     pub connect: ConnectOptions,
     pub dek_cache: DekCacheLimits,
+    /// Most keys kept ready for files to come, where a key service wraps them.
+    pub dek_pool: usize,
     /// How the key service's word counts while mounted.
     pub key_rules: KeyRules,
     /// How to mount; the mount point absolute, without symbolic links.
@@ -82,7 +86,12 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
             eprintln!("envelopefs: {w}");
         }
     }
-    let options = StoreOptions { read_only: plan.mount.read_only, deks: plan.dek_cache, ..Default::default() };
+    let options = StoreOptions {
+        read_only: plan.mount.read_only,
+        deks: plan.dek_cache,
+        dek_pool: plan.dek_pool,
+        ..Default::default()
+    };
     let store = Store::open(b, keys, options).map_err(|e| Fault::store(&plan.backing, &e))?;
     let job = Arc::new(Job::default());
     let started = Instant::now();
@@ -120,6 +129,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
         .map_err(|e| Fault::new(FaultKind::Other, format!("cannot wait for signals: {}", plain(&e))))?;
     keeper.mounted(mounted.caches());
     let settling = Settling::start(store.clone(), job.clone());
+    work_ahead(store.clone());
     let place = format!("{} at {}", plan.backing.display(), plan.mount.mountpoint.display());
     observed.tell(StoreChange::Mount, &place);
     let refresher = Refresher::start(keeper.clone());
@@ -137,6 +147,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     drop(refresher);
     keeper.end();
     settling.stop();
+    store.stop_working_ahead(CALLS_END_MAX);
     let closed = store.close();
     observed.tell(StoreChange::Unmount, &place);
     observed.end();
@@ -234,6 +245,14 @@ fn detach(unmounter: &Unmounter, mountpoint: &Path) {
     }
     if let Ok(d) = dir {
         let _ = rustix::fs::syncfs(&d);
+    }
+}
+
+/// The thread that does what is done ahead of need. It is not waited for longer than its calls may take.
+fn work_ahead(store: Arc<Store<Posix>>) {
+    // Without it everything works all the same.
+    if let Err(e) = std::thread::Builder::new().name("ahead".into()).spawn(move || store.work_ahead()) {
+        tracing::warn!("no thread to make keys ahead of need: {e}");
     }
 }
 

@@ -75,12 +75,11 @@ impl<B: Backing> EnvelopeFs<B> {
     pub fn open(&self, caller: &Caller, node: u64, flags: i32) -> Result<u64> {
         let inode = self.inode(node)?;
         let access = access_of(flags);
-        if flags & libc::O_TRUNC != 0 {
-            // What is emptied to be written anew must not be lost for want of a key for what comes.
-            self.store.may_create()?;
-        }
         let open = || event::on_behalf_of(caller.of_keys(), || self.store.open_file(&inode.node, access));
         let file = self.measure(Kind::Open, open)?;
+        if flags & libc::O_TRUNC != 0 {
+            file.may_begin_anew()?;
+        }
         let handle = self.handles.insert(Handle::new(inode, file, access, caller));
         if flags & libc::O_TRUNC != 0 {
             let empty = Change { size: Some(0), handle: Some(handle), ..Change::NONE };

@@ -63,6 +63,8 @@ pub struct Call<'a> {
 pub struct DekUse<'a> {
     /// [`Operation::Wrap`], [`Operation::Unwrap`] or [`Operation::Rewrap`].
     pub operation: Operation,
+    /// Ahead of need: a wrap for a file that is not there yet, an unwrap that nobody has asked for yet.
+    pub ahead: bool,
     /// `sealed`, or for an external KEK its root key's URI.
     pub provider: &'a str,
     pub store: [u8; 16],

@@ -7,8 +7,9 @@
 //! * the sequence never goes back;
 //! * nothing is wrapped under a KEK that is not active.
 
+use super::ahead;
 use super::error::{Result, StoreError};
-use super::keys::{KekHandle, KekKind};
+use super::keys::{KekHandle, KekKind, Keys, Ready, Watch};
 use super::shared::Shared;
 use crate::backing::{self, Backing};
 use crate::crypto::secret::Dek;
@@ -163,26 +164,56 @@ fn wrap_unproved(kek: &KekHandle, slot: &Slot, dek: &Dek, sequence: u64) -> Resu
     Ok(new)
 }
 
-/// Makes a new file's identity and key and calls `write` with its slot while the activation lock is held: once a newer
-/// KEK is active, no header under the old one can still be on its way to disk.
+/// Makes a new file's identity and key, or takes one from the DEK pool (`had`, if it was taken for this file before), and
+/// calls `write` with its slot while the activation lock is held: once a newer KEK is active, no header under the old one
+/// can still be on its way to disk. What was taken is not used again, whatever becomes of it.
 ///
 /// # Errors
 /// The key service's, those of [`Keys::permit`](super::keys::Keys::permit), and those of `write`.
 pub fn with_new_header<B: Backing, R>(
     shared: &Shared<B>,
+    had: Option<Ready>,
     write: impl FnOnce(Arc<Dek>, &Slot) -> Result<R>,
 ) -> Result<R> {
-    let dek = Arc::new(Dek::random());
-    let file = FileId::random();
-    let plain = Slot::new(shared.keys.store_id(), file, &dek);
-    shared.keys.permit()?;
-    shared.keys.with_active(|kek| {
-        let watch = shared.keys.watch();
-        let wrapped = wrap_new(kek, &plain, &dek);
-        watch.ended(Operation::Wrap, file, kek.id(), None, &wrapped);
-        let slot = wrapped?;
+    let keys = &shared.keys;
+    keys.permit()?;
+    let r = keys.with_active(|kek| {
+        let watch = keys.watch();
+        let Ready { dek, slot, .. } = match keys.take_ready(kek, had) {
+            Some(ready) => {
+                watch.ended_before(Operation::Wrap, ready.slot.file, kek.id(), ready.request_id.clone());
+                ready
+            }
+            None => new_identity(keys, kek, watch)?,
+        };
         let r = write(Arc::clone(&dek), &slot)?;
-        shared.deks.put(file, Arc::clone(&dek));
+        shared.deks.put(slot.file, dek);
         Ok(r)
+    });
+    ahead::fill(shared);
+    r
+}
+
+/// Makes the identity and key of a file to come, and puts it into the DEK pool. Under the activation lock, so that nothing
+/// is wrapped under a KEK that is not active and nothing comes into the pool that is not under the active one.
+///
+/// # Errors
+/// The key service's.
+pub(super) fn make_ready<B: Backing>(shared: &Shared<B>) -> Result<()> {
+    let keys = &shared.keys;
+    keys.with_active(|kek| {
+        if kek.kind() == KekKind::External {
+            let ready = new_identity(keys, kek, keys.watch().ahead())?;
+            keys.put_ready(kek, ready);
+        }
+        Ok(())
     })
+}
+
+fn new_identity(keys: &Keys, kek: &KekHandle, watch: Watch<'_>) -> Result<Ready> {
+    let dek = Arc::new(Dek::random());
+    let plain = Slot::new(keys.store_id(), FileId::random(), &dek);
+    let wrapped = wrap_new(kek, &plain, &dek);
+    let request_id = watch.ended_by(Operation::Wrap, plain.file, kek.id(), None, &wrapped);
+    Ok(Ready { dek, slot: wrapped?, request_id })
 }

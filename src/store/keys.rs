@@ -14,6 +14,7 @@ mod gate;
 mod handle;
 mod lock;
 mod observe;
+mod ready;
 mod refresh;
 mod roots;
 #[cfg(test)]
@@ -26,6 +27,8 @@ pub use disk::{BadCopy, COPIES, FOLDER};
 pub use gate::{KeyStanding, KeyState, LockedBy, Phase};
 pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
 pub use observe::Watch;
+pub(in crate::store) use ready::Making;
+pub use ready::{DekPool, PoolStats, Ready};
 pub use refresh::RefreshedRoot;
 pub use roots::PassedOver;
 pub use transfer::{Exported, Imported, kept};
@@ -317,6 +320,50 @@ impl Keys {
     /// wrapped under the old KEK any more. `f` must not call this or `activate` again: that can wait for ever.
     pub fn with_active<R>(&self, f: impl FnOnce(&KekHandle) -> R) -> R {
         f(&self.active.read())
+    }
+
+    /// Keys for files to come.
+    pub fn pool(&self) -> &Arc<DekPool> {
+        self.gate.pool()
+    }
+
+    /// Whether keys for files to come may be made now: while a service wraps them that answers and refuses nothing.
+    pub(in crate::store) fn may_make_ready(&self) -> bool {
+        let a_service_wraps = self.gate.wraps_outside() && self.gate.calls_a_service();
+        a_service_wraps && self.gate.may_create().is_ok() && self.permit().is_ok() && !self.service_refuses()
+    }
+
+    /// Takes an entry of the pool under `kek`, which the caller holds as the active one: `had`, which was taken before,
+    /// or another one. None while the service refuses, even if only one file so far.
+    pub(in crate::store) fn take_ready(&self, kek: &KekHandle, had: Option<Ready>) -> Option<Ready> {
+        if kek.kind() != KekKind::External {
+            return None;
+        }
+        if self.service_refuses() {
+            return None;
+        }
+        had.filter(|r| r.slot.kek == kek.id()).or_else(|| self.pool().take(kek.id()))
+    }
+
+    /// Puts in an entry under `kek`, which the caller holds as the active one.
+    pub(in crate::store) fn put_ready(&self, kek: &KekHandle, r: Ready) {
+        if r.slot.kek == kek.id() && !self.service_refuses() {
+            self.pool().put(r);
+        }
+    }
+
+    /// Puts back an entry that was taken and not used.
+    pub(in crate::store) fn put_back_ready(&self, r: Ready) {
+        self.with_active(|kek| {
+            if r.slot.kek == kek.id() && !kek.is_gone() {
+                self.pool().put_back(r);
+            }
+        });
+    }
+
+    /// Whether the service has said no since it last said yes, to a refresh or to a call for one file.
+    fn service_refuses(&self) -> bool {
+        self.is_refused() || self.gate.was_refused()
     }
 
     /// The KEK `id`, active or retired, to unwrap with.

@@ -49,6 +49,7 @@ impl<B: Backing> Store<B> {
     pub fn lock_keys(&self, by: LockedBy) -> Result<()> {
         let shared = self.shared();
         shared.keys.drain();
+        shared.ahead.clear();
         // Those that nobody has open any more let go of their keys by being settled.
         shared.settle.settle(Duration::ZERO);
         let keks = shared.keys.drop_keks(by);
@@ -92,6 +93,7 @@ impl<B: Backing> Store<B> {
     pub fn forget_idle_keys(&self) {
         self.shared().settle.settle(Duration::ZERO);
         self.shared().deks.clear();
+        self.shared().keys.pool().clear();
     }
 
     /// Whether opening a file, or giving one its first byte, is a call to a key service.
@@ -102,14 +104,6 @@ impl<B: Backing> Store<B> {
     /// Whether reads, opens and new writes are turned away.
     pub fn keys_are_closed(&self) -> bool {
         self.shared().keys.phase() != Phase::Open
-    }
-
-    /// For whoever is about to make a file, or to empty one that is to be written anew.
-    ///
-    /// # Errors
-    /// As [`super::keys::Keys::may_create`].
-    pub fn may_create(&self) -> Result<()> {
-        self.shared().keys.may_create()
     }
 
     /// For whoever is about to read content.

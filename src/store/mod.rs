@@ -1,5 +1,6 @@
 //! The encrypted store without FUSE.
 
+pub mod ahead;
 pub mod attr;
 pub mod check;
 pub mod dek_cache;

@@ -74,7 +74,8 @@ impl<B: Backing> Store<B> {
         owner: Option<Owner>,
     ) -> Result<(Arc<Node<B>>, Attr, OpenFile<B>)> {
         // Its first write will need the active KEK, and may reach us when nobody can be told of an error any more.
-        self.shared().keys.may_create()?;
+        let mut ready = None;
+        self.shared().may_create(&mut ready)?;
         let b = self.backing();
         let make = |fd: &B::Node, name: &Encoded| {
             // Never setuid as root, not for an instant: see `give`.
@@ -83,9 +84,13 @@ impl<B: Backing> Store<B> {
         };
         let (node, attr, (fd, file)) = self.make_entry(dir, name, make, |(fd, _)| self.give(dir, fd, mode, owner))?;
         let fd = node.pin_new(fd);
-        let (core, open) = FileCore::with_new_file(self.shared(), fd, file)?;
+        let (core, open) = FileCore::with_new_file(self.shared(), fd, file, ready)?;
         let open = match self.table.put_core(node.key(), &core) {
-            None => open,
+            None => {
+                // The keys may have been locked before the file was in the table.
+                core.forget_ready_if_locked();
+                open
+            }
             Some(theirs) => theirs.open(Access::ReadWrite)?,
         };
         Ok((node, attr, open))

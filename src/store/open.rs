@@ -38,6 +38,8 @@ pub struct StoreOptions {
     /// Descriptors of inodes to keep open at most; `None`: half of what the process may have, and no
     /// more than 65,536.
     pub pinned_max: Option<usize>,
+    /// Most keys kept ready for files to come, where a key service wraps them; 0: none. See [`Store::work_ahead`].
+    pub dek_pool: usize,
 }
 
 /// An open store.
@@ -135,6 +137,7 @@ impl<B: Backing> Store<B> {
         if let (false, Some(k)) = (o.read_only, &names) {
             finish_init(&b, &root_fd, k)?;
         }
+        keys.pool().set_max(if o.read_only { 0 } else { o.dek_pool });
         let table = Table::new(o.pinned_max.unwrap_or_else(pinned_max_by_default));
         let root = table.adopt(&b.stat(&root_fd)?, None, Some(Arc::new(root_fd)));
         let store = Arc::new(Self {

@@ -1,8 +1,10 @@
 //! What every part of an open store shares.
 
+use super::ahead::Ahead;
 use super::dek_cache::DekCache;
+use super::error::Result;
 use super::file::SettleQueue;
-use super::keys::Keys;
+use super::keys::{Keys, Ready};
 use super::load::Load;
 use super::restored::Restored;
 use crate::backing::Backing;
@@ -21,6 +23,8 @@ pub struct Shared<B: Backing> {
     pub settle: SettleQueue<B>,
     /// Files that old backups have brought back.
     pub restored: Restored<B>,
+    /// What is done for users before they wait for it.
+    pub ahead: Ahead,
 }
 
 impl<B: Backing> Shared<B> {
@@ -35,6 +39,27 @@ impl<B: Backing> Shared<B> {
             load: Load::default(),
             settle: SettleQueue::default(),
             restored: Restored::default(),
+            ahead: Ahead::default(),
+        }
+    }
+}
+
+impl<B: Backing> Shared<B> {
+    /// For whoever is about to make a file, or to open an empty one for writing: its first write will need a key, and may
+    /// reach us when nobody can be told of an error any more. While the key service that has to wrap it does not answer,
+    /// one that was made ahead of need is put by in `ready`.
+    ///
+    /// # Errors
+    /// As [`Keys::may_create`].
+    pub(super) fn may_create(&self, ready: &mut Option<Ready>) -> Result<()> {
+        self.keys.may_open()?;
+        match self.keys.may_create() {
+            Err(_) if ready.is_some() => Ok(()),
+            Err(e) => {
+                *ready = self.keys.with_active(|kek| self.keys.take_ready(kek, None));
+                if ready.is_some() { Ok(()) } else { Err(e) }
+            }
+            Ok(()) => Ok(()),
         }
     }
 }

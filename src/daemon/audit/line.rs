@@ -47,6 +47,9 @@ pub fn seal_key(secret: &StoreSecret) -> SealKey {
 pub struct Fields {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub operation: Option<&'static str>,
+    /// Why it was done, if not for somebody who waits for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub purpose: Option<&'static str>,
     /// What kind of key was wrapped or unwrapped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<&'static str>,

@@ -65,8 +65,10 @@ impl Observer for Log {
 
     fn dek(&self, u: &DekUse<'_>) {
         let (event, result) = outcome(u.operation, u.result);
+        let (event, purpose) = if u.ahead { ahead(u.operation, event) } else { (event, None) };
         let fields = Fields {
             operation: Some(u.operation.as_str()),
+            purpose,
             key: Some(KeyPurpose::Dek.as_str()),
             file: Some(FileId(u.file)),
             kek: Some(KekId(u.kek)),
@@ -145,6 +147,15 @@ fn outcome(o: Operation, result: Result<(), &str>) -> (&'static str, String) {
     }
 }
 
+/// The event that a use ahead of need is, and what it is for: a wrap is not a new file's yet.
+fn ahead(o: Operation, event: &'static str) -> (&'static str, Option<&'static str>) {
+    match (o, event) {
+        (Operation::Wrap, DENY) => (DENY, Some("pool")),
+        (Operation::Wrap, _) => ("prepare", Some("pool")),
+        (_, event) => (event, Some("prefetch")),
+    }
+}
+
 fn micros(d: Duration) -> u64 {
     u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
 }
@@ -173,6 +184,19 @@ mod tests {
         for refused in ["kms-denied", "kms-disabled", "kms-bad-ciphertext", "wrap-auth", "kek-destroyed", "kek-unknown"]
         {
             assert_eq!(outcome(Operation::Rewrap, Err(refused)), ("deny", refused.into()));
+        }
+    }
+
+    #[test]
+    fn what_is_done_ahead_of_need_says_what_for() {
+        for (o, result, told) in [
+            (Operation::Wrap, Ok(()), ("prepare", Some("pool"))),
+            (Operation::Wrap, Err("kms-throttled"), ("prepare", Some("pool"))),
+            (Operation::Wrap, Err("kms-denied"), ("deny", Some("pool"))),
+            (Operation::Unwrap, Ok(()), ("unwrap", Some("prefetch"))),
+            (Operation::Unwrap, Err("kms-denied"), ("deny", Some("prefetch"))),
+        ] {
+            assert_eq!(ahead(o, outcome(o, result).0), told);
         }
     }
 

@@ -44,9 +44,14 @@ impl Observer for DekCounts {
     fn dek(&self, u: &DekUse<'_>) {
         let sealed = u.provider == "sealed";
         let result = u.result.err().unwrap_or("ok");
+        let operation = match (u.operation, u.ahead) {
+            (Operation::Wrap, true) => "prepare",
+            (Operation::Unwrap, true) => "prefetch",
+            (o, _) => o.as_str(),
+        };
         let mut i = self.0.lock();
-        *i.counts.entry((u.operation.as_str(), sealed, result.to_owned())).or_default() += 1;
-        i.latencies.entry((u.operation.as_str(), sealed)).or_default().add(u.latency);
+        *i.counts.entry((operation, sealed, result.to_owned())).or_default() += 1;
+        i.latencies.entry((operation, sealed)).or_default().add(u.latency);
     }
 }
 
@@ -92,6 +97,7 @@ mod tests {
     fn used<'a>(operation: Operation, provider: &'a str, micros: u64, result: Result<(), &'a str>) -> DekUse<'a> {
         DekUse {
             operation,
+            ahead: false,
             provider,
             store: [0; 16],
             file: [0; 16],

@@ -6,6 +6,7 @@ use crate::daemon::protocol::RotationState;
 use crate::format::keyring::{KekState, Keyring};
 use crate::rotation::State;
 use crate::store::dek_cache::DekCacheStats;
+use crate::store::keys::PoolStats;
 
 /// What is shown, gathered at one time.
 pub struct Figures<'a> {
@@ -14,6 +15,7 @@ pub struct Figures<'a> {
     pub memory_locked: bool,
     pub keyring: &'a Keyring,
     pub dek_cache: DekCacheStats,
+    pub dek_pool: PoolStats,
     pub rotation: Option<&'a RotationState>,
     pub deks: &'a DekCounts,
     /// The audit log, if there is one.
@@ -58,6 +60,7 @@ pub fn text(f: &Figures<'_>) -> Text {
     t.single("envelopefs_memory_locked", Kind::Gauge, help, u8::from(f.memory_locked));
     keys(&mut t, f.keyring);
     cache(&mut t, &f.dek_cache);
+    pool(&mut t, &f.dek_pool);
     f.deks.render(&mut t);
     rotation(&mut t, f.rotation);
     if let Some(a) = &f.audit {
@@ -94,6 +97,15 @@ fn cache(t: &mut Text, c: &DekCacheStats) {
     t.single("envelopefs_dek_cache_evicted_total", Kind::Counter, help, c.evicted);
     let help = "File keys dropped from the cache for their age or idle time.";
     t.single("envelopefs_dek_cache_expired_total", Kind::Counter, help, c.expired);
+}
+
+fn pool(t: &mut Text, p: &PoolStats) {
+    let help = "Keys made ahead of need for files to come.";
+    t.single("envelopefs_dek_pool_entries", Kind::Gauge, help, p.ready);
+    let help = "New files that got such a key.";
+    t.single("envelopefs_dek_pool_hits_total", Kind::Counter, help, p.hits);
+    let help = "New files that waited for a key service.";
+    t.single("envelopefs_dek_pool_misses_total", Kind::Counter, help, p.misses);
 }
 
 fn rotation(t: &mut Text, r: Option<&RotationState>) {

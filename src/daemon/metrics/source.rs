@@ -37,6 +37,7 @@ impl Source {
             memory_locked: memory_is_locked(),
             keyring: &shared.keys.snapshot(),
             dek_cache: shared.deks.stats(),
+            dek_pool: shared.keys.pool().stats(),
             rotation: rotation.as_ref(),
             deks: &self.deks,
             audit,

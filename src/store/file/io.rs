@@ -274,7 +274,7 @@ impl<B: Backing> FileCore<B> {
             // The remains of a first page that never became whole.
             self.shared.backing.truncate(&file, 0)?;
         }
-        let (keys, l) = header::with_new_header(&self.shared, |dek, slot| {
+        let (keys, l) = header::with_new_header(&self.shared, inner.ready.take(), |dek, slot| {
             let keys = FileKeys::new(dek, slot);
             let (page, state) = first_page(&keys, slot);
             self.shared.backing.write_at(&file, &page, 0)?;

@@ -11,6 +11,7 @@ use crate::format::header::SlotPair;
 use crate::format::ids::FileId;
 use crate::store::error::Result;
 use crate::store::header::{self, SLOTS_LEN};
+use crate::store::keys::Phase;
 use std::sync::{Arc, Weak};
 
 /// What a file that lost its keys to a lock must be when it gets them back.
@@ -35,6 +36,7 @@ impl<B: Backing> FileCore<B> {
     /// the caller has seen to it that none that comes later gets keys. `None` if there were none.
     pub(in crate::store) fn drop_keys(&self) -> Option<Leaving> {
         let mut inner = self.inner.write();
+        inner.ready = None;
         let writable = inner.keys.as_ref()?.writable && inner.access == Access::ReadWrite;
         if writable && !self.shared.read_only && !inner.clean {
             self.mark_clean_or_log(&mut inner);
@@ -48,6 +50,14 @@ impl<B: Backing> FileCore<B> {
         inner.promised = true;
         self.segments.clear();
         Some(Leaving(Arc::downgrade(&keys)))
+    }
+
+    /// A key that was put by goes too, if this file came into the table too late to be asked for it.
+    pub(in crate::store) fn forget_ready_if_locked(&self) {
+        let mut inner = self.inner.write();
+        if self.shared.keys.phase() != Phase::Open {
+            inner.ready = None;
+        }
     }
 
     /// Whether a read waits for whoever has the file to himself, who may be calling a key service, or for its keys.

@@ -25,6 +25,7 @@ pub use settle::SettleQueue;
 
 use super::error::{Result, StoreError};
 use super::flood;
+use super::keys::Ready;
 use super::shared::Shared;
 use crate::backing::{Access, Backing, Stat};
 use crate::crypto::aead::BlockCipher;
@@ -99,6 +100,8 @@ struct Inner<B: Backing> {
     cut_pending: bool,
     /// Waits in the settle queue.
     settling: bool,
+    /// Of an empty file that was opened for writing while the key service did not answer: the key it will have.
+    ready: Option<Ready>,
     /// A lock took the keys away: they must come back from this header. Always `stale` too.
     dropped: Option<lock::Dropped>,
     /// A change failed half-way and what is here may not be what the disk has: to be read again before any use.
@@ -144,6 +147,7 @@ impl<B: Backing> FileCore<B> {
                 tail_on_disk: None,
                 cut_pending: false,
                 settling: false,
+                ready: None,
                 dropped: None,
                 stale: false,
             }),
@@ -154,7 +158,7 @@ impl<B: Backing> FileCore<B> {
         })
     }
 
-    /// The core of a file made just now, empty, and the handle that came with it.
+    /// The core of a file made just now, empty, and the handle that came with it; `ready`: the key put by for it.
     ///
     /// # Errors
     /// If the new file cannot be examined.
@@ -162,6 +166,7 @@ impl<B: Backing> FileCore<B> {
         shared: &Arc<Shared<B>>,
         node: Arc<B::Node>,
         file: B::File,
+        ready: Option<Ready>,
     ) -> Result<(Arc<Self>, OpenFile<B>)> {
         let core = Self::new(shared, node);
         let st = shared.backing.stat_file(&file)?;
@@ -171,6 +176,7 @@ impl<B: Backing> FileCore<B> {
             inner.access = Access::ReadWrite;
             (inner.dev, inner.ino) = (st.dev, st.ino);
             (inner.opens, inner.writers) = (1, 1);
+            inner.ready = ready;
         }
         let open = OpenFile { core: Arc::clone(&core), writer: true, told_barriers: AtomicU64::new(0) };
         Ok((core, open))
@@ -204,7 +210,7 @@ impl<B: Backing> FileCore<B> {
         // The first write to an empty file makes its key.
         if writer
             && inner.keys.is_none()
-            && let Err(e) = self.shared.keys.may_create()
+            && let Err(e) = self.shared.may_create(&mut inner.ready)
         {
             self.close_if_unused(&mut inner);
             return Err(e);
@@ -227,6 +233,9 @@ impl<B: Backing> FileCore<B> {
             inner.keys = None;
             inner.dropped = None;
             inner.tail_on_disk = None;
+            if let Some(unused) = inner.ready.take() {
+                self.shared.keys.put_back_ready(unused);
+            }
             self.segments.clear();
         }
     }
@@ -301,6 +310,14 @@ impl<B: Backing> OpenFile<B> {
     /// Whether this handle may write.
     pub fn is_writer(&self) -> bool {
         self.writer
+    }
+
+    /// For whoever is about to empty the file and write it anew: what is emptied must not be lost for want of a key.
+    ///
+    /// # Errors
+    /// As [`super::keys::Keys::may_create`].
+    pub fn may_begin_anew(&self) -> Result<()> {
+        self.core.shared.may_create(&mut self.core.inner.write().ready)
     }
 
     /// Plaintext size in bytes.

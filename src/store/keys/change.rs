@@ -107,6 +107,7 @@ impl Keys {
         handle.set_may_wrap(true);
         self.gate.activated(handle.kind());
         let old = std::mem::replace(&mut *active, handle);
+        self.pool().clear();
         self.state.write().ring = ring;
         drop(active);
         self.tell_kek(old.id(), KekChange::Retired);

@@ -1,6 +1,7 @@
 //! The door that every use of a KEK or DEK goes through: open, being closed, or closed, and what the key service says.
 
-use super::authority::{Authority, Change, Policy, View};
+use super::authority::{Authority, Change, Policy, View, is_refusal};
+use super::ready::DekPool;
 use crate::crypto::random;
 use crate::format::keyring::KekKind;
 use crate::kms::KmsError;
@@ -91,7 +92,11 @@ pub struct Gate {
     wraps_outside: AtomicBool,
     /// Some KEK, now or since the mount, is a key in a service.
     calls: AtomicBool,
+    /// The last call for a file that said yes or no said no.
+    refused: AtomicBool,
     inner: Mutex<Inner>,
+    /// Keys made ahead of need, which a refusal ends.
+    pool: Arc<DekPool>,
     /// Who is told of a service that goes away, refuses, or comes back.
     observer: OnceLock<Arc<dyn Observer>>,
 }
@@ -105,7 +110,9 @@ impl Gate {
             phase: AtomicU8::new(Phase::Open.to_byte()),
             wraps_outside: AtomicBool::new(false),
             calls: AtomicBool::new(false),
+            refused: AtomicBool::new(false),
             inner: Mutex::new(inner),
+            pool: Arc::default(),
             observer: OnceLock::new(),
         }
     }
@@ -113,6 +120,21 @@ impl Gate {
     /// Another KEK is the active one.
     pub(super) fn activated(&self, kind: KekKind) {
         self.wraps_outside.store(kind == KekKind::External, Ordering::Relaxed);
+        // That was about another one.
+        self.refused.store(false, Ordering::SeqCst);
+    }
+
+    pub(super) fn pool(&self) -> &Arc<DekPool> {
+        &self.pool
+    }
+
+    pub(super) fn wraps_outside(&self) -> bool {
+        self.wraps_outside.load(Ordering::Relaxed)
+    }
+
+    /// Whether the active KEK's service has refused a call for a file since one went well.
+    pub(super) fn was_refused(&self) -> bool {
+        self.refused.load(Ordering::SeqCst)
     }
 
     /// Whether files may be made. Where a new file's key has to be wrapped by a call, not while no answer is to be had: its
@@ -122,7 +144,7 @@ impl Gate {
     /// As [`Gate::may_open`]; what the service said last.
     pub(super) fn may_create(&self) -> Result<()> {
         self.may_open()?;
-        match self.wraps_outside.load(Ordering::Relaxed) {
+        match self.wraps_outside() {
             true => self.authority(Authority::check_answering).map_err(Into::into),
             false => Ok(()),
         }
@@ -188,11 +210,23 @@ impl Gate {
         if i.epoch != epoch {
             return Change::None;
         }
-        i.authority.refreshed(r, Instant::now(), turn())
+        let change = i.authority.refreshed(r, Instant::now(), turn());
+        if change == Change::Refused {
+            self.pool.clear();
+        }
+        change
     }
 
     /// An ordinary call to the active KEK's service ended. Logs what that changes.
     pub(super) fn called(&self, r: std::result::Result<(), &KmsError>) {
+        match r {
+            Ok(()) => self.refused.store(false, Ordering::SeqCst),
+            Err(e) if is_refusal(e) => {
+                self.refused.store(true, Ordering::SeqCst);
+                self.pool.clear();
+            }
+            Err(_) => {}
+        }
         let change = self.authority(|a, now| a.called(r, now));
         match (change, r) {
             (Change::WentOffline, Err(e)) => tracing::warn!("the key service does not answer: {e}"),

@@ -7,10 +7,12 @@ use crate::crypto::secret::{Dek, Secret32};
 use crate::format::damage::Damage;
 use crate::format::ids::{FileId, KekId, StoreId};
 use crate::format::keyring::KekKind;
+use crate::kms::guard::lane::Background;
 use crate::kms::{KeyProvider, KeyPurpose, KmsError, WRAPPED_MAX, WrapContext};
 use crate::store::{Result, StoreError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// Wrap suite 1: 60 bytes, AES-256-GCM-SIV under derive(KEK, KEK_WRAP, kek id).
 pub const WRAP_SEALED: u16 = 1;
@@ -111,6 +113,17 @@ impl KekHandle {
         match self.wrapper {
             Wrapper::Sealed(_) | Wrapper::Gone => WRAP_SEALED,
             Wrapper::External(_) => WRAP_EXTERNAL,
+        }
+    }
+
+    /// As [`KeyProvider::leave`]; a KEK in this process always has it.
+    ///
+    /// # Errors
+    /// How long to wait before asking again.
+    pub fn leave(&self, whose: Background, calls: u32) -> std::result::Result<(), Duration> {
+        match &self.wrapper {
+            Wrapper::External(p) => p.leave(whose, calls),
+            Wrapper::Sealed(_) | Wrapper::Gone => Ok(()),
         }
     }
 

@@ -221,6 +221,7 @@ impl Keys {
             let mut active = self.active.write();
             let shell = Arc::new(KekHandle::gone(self.store, active.id()));
             gone.push(Arc::downgrade(&std::mem::replace(&mut *active, shell)));
+            self.pool().clear();
         }
         let (opened, providers) = {
             let mut s = self.state.write();

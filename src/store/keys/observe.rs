@@ -18,6 +18,7 @@ struct Watched<'a> {
     keys: &'a Keys,
     observer: &'a dyn Observer,
     began: Instant,
+    ahead: bool,
 }
 
 impl Keys {
@@ -51,7 +52,7 @@ impl Keys {
         Watch(self.observer.get().map(|o| {
             // What an earlier call left behind is not about this use.
             let _ = event::take_request_id();
-            Watched { keys: self, observer: o.as_ref(), began: Instant::now() }
+            Watched { keys: self, observer: o.as_ref(), began: Instant::now(), ahead: false }
         }))
     }
 
@@ -67,22 +68,50 @@ fn wrapper_in(ring: &Keyring, kek: KekId) -> String {
 }
 
 impl Watch<'_> {
+    /// Nobody has asked for this use yet.
+    pub(in crate::store) fn ahead(self) -> Self {
+        Self(self.0.map(|w| Watched { ahead: true, ..w }))
+    }
+
     /// Tells that the use has ended: `operation` on the DEK of `file` by `kek`; in a rewrap, `from` another one.
     pub fn ended<T>(&self, operation: Operation, file: FileId, kek: KekId, from: Option<KekId>, result: &Result<T>) {
-        let Some(w) = &self.0 else { return };
+        self.ended_by(operation, file, kek, from, result);
+    }
+
+    /// The same. Returns the key service's id of its last request.
+    pub(in crate::store) fn ended_by<T>(
+        &self,
+        operation: Operation,
+        file: FileId,
+        kek: KekId,
+        from: Option<KekId>,
+        result: &Result<T>,
+    ) -> Option<String> {
+        let w = self.0.as_ref()?;
         let latency = w.began.elapsed();
         let code = result.as_ref().err().map(StoreError::code);
+        let request_id = event::take_request_id();
         w.observer.dek(&DekUse {
             operation,
+            ahead: w.ahead,
             provider: &w.keys.wrapper_of(kek),
             store: w.keys.store.0,
             file: file.0,
             kek: kek.0,
             from: from.map(|k| k.0),
-            request_id: event::take_request_id(),
+            request_id: request_id.clone(),
             latency,
             result: code.as_deref().map_or(Ok(()), Err),
             caller: event::caller(),
         });
+        request_id
+    }
+
+    /// Tells of a use that a request made possible which was made before.
+    pub(in crate::store) fn ended_before(&self, o: Operation, file: FileId, kek: KekId, request_id: Option<String>) {
+        if let Some(id) = request_id {
+            event::note_request_id(id);
+        }
+        self.ended(o, file, kek, None, &Ok(()));
     }
 }

@@ -1,5 +1,6 @@
 //! Tests of the store's namespace, on the simulated disk and on a real directory.
 
+mod ahead;
 mod attrs;
 mod crash;
 mod damage;

@@ -18,16 +18,16 @@ use std::time::Duration;
 type Open = OpenFile<SimDisk>;
 
 /// A refresh is due only when the test makes one.
-const DAY: Duration = Duration::from_secs(86_400);
+pub(super) const DAY: Duration = Duration::from_secs(86_400);
 
-struct Rig {
-    disk: SimDisk,
-    service: Arc<Scripted>,
-    store: Arc<Store<SimDisk>>,
+pub(super) struct Rig {
+    pub(super) disk: SimDisk,
+    pub(super) service: Arc<Scripted>,
+    pub(super) store: Arc<Store<SimDisk>>,
 }
 
 impl Rig {
-    fn new(kind: KekKind, grace: Duration) -> Self {
+    pub(super) fn new(kind: KekKind, grace: Duration) -> Self {
         let (disk, service) = (SimDisk::new(SimOptions::default()), Scripted::new("s"));
         Store::init(&disk, &roots(&[&service]), kind, ENCRYPTED).unwrap();
         let store = open(&disk, &[&service]);
@@ -35,43 +35,43 @@ impl Rig {
         Self { disk, service, store }
     }
 
-    fn keys(&self) -> &Keys {
+    pub(super) fn keys(&self) -> &Keys {
         &self.store.shared().keys
     }
 
-    fn make(&self, name: &str, content: &[u8]) -> (Arc<Node<SimDisk>>, Open) {
+    pub(super) fn make(&self, name: &str, content: &[u8]) -> (Arc<Node<SimDisk>>, Open) {
         let (node, _, f) = self.store.create(&self.store.root(), name.as_bytes(), 0o600, 0, None).unwrap();
         f.write(0, content).unwrap();
         (node, f)
     }
 
     /// A file that nobody has open, and whose DEK is not cached.
-    fn make_cold(&self, name: &str, content: &[u8]) -> Arc<Node<SimDisk>> {
+    pub(super) fn make_cold(&self, name: &str, content: &[u8]) -> Arc<Node<SimDisk>> {
         let (node, f) = self.make(name, content);
         drop(f);
         self.store.forget_idle_keys();
         node
     }
 
-    fn read(&self, n: &Arc<Node<SimDisk>>) -> Result<Vec<u8>, StoreError> {
+    pub(super) fn read(&self, n: &Arc<Node<SimDisk>>) -> Result<Vec<u8>, StoreError> {
         all(&self.store.open_file(n, Access::Read)?)
     }
 
-    fn lock(&self) {
+    pub(super) fn lock(&self) {
         self.store.lock_keys(LockedBy::Operator).unwrap();
     }
 
-    fn unlock(&self) {
+    pub(super) fn unlock(&self) {
         let done = self.store.unlock_keys(&roots(&[&self.service])).unwrap();
         assert_eq!(done.failed, 0);
     }
 
-    fn calls(&self) -> (usize, usize) {
+    pub(super) fn calls(&self) -> (usize, usize) {
         (self.service.count(Call::Wrap), self.service.count(Call::Unwrap))
     }
 }
 
-fn roots(s: &[&Arc<Scripted>]) -> Vec<Arc<dyn KeyProvider>> {
+pub(super) fn roots(s: &[&Arc<Scripted>]) -> Vec<Arc<dyn KeyProvider>> {
     s.iter().map(|p| Arc::clone(p) as Arc<dyn KeyProvider>).collect()
 }
 
@@ -97,7 +97,7 @@ fn locked<T>(r: Result<T, StoreError>) {
 }
 
 #[track_caller]
-fn kms<T>(r: Result<T, StoreError>) -> KmsError {
+pub(super) fn kms<T>(r: Result<T, StoreError>) -> KmsError {
     match r {
         Err(StoreError::Kms(e)) => e,
         Err(e) => panic!("another error: {e}"),
@@ -105,7 +105,7 @@ fn kms<T>(r: Result<T, StoreError>) -> KmsError {
     }
 }
 
-fn denied() -> Behaviour {
+pub(super) fn denied() -> Behaviour {
     Behaviour::Fail(KmsError::Denied("no".into()))
 }
 
@@ -299,7 +299,7 @@ fn an_answer_from_before_a_lock_does_not_count() {
 }
 
 /// Looks for `key`, given with every bit turned, in the whole arena: what is not given out is zeros.
-fn arena_holds(turned: &[u8; 32]) -> bool {
+pub(super) fn arena_holds(turned: &[u8; 32]) -> bool {
     arena_ranges().into_iter().any(|(start, len)| {
         (0..len / 32).any(|i| {
             // SAFETY: inside the arena, which is never unmapped; other threads' slots may change meanwhile, and whatever
@@ -310,7 +310,7 @@ fn arena_holds(turned: &[u8; 32]) -> bool {
     })
 }
 
-fn turned(key: &[u8; 32]) -> [u8; 32] {
+pub(super) fn turned(key: &[u8; 32]) -> [u8; 32] {
     key.map(|b| !b)
 }
 

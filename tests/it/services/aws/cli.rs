@@ -133,10 +133,11 @@ fn an_external_store_needs_a_call_for_each_create_and_each_cold_open() {
     s.ok("init back --kek external --key aws-kms://alias/store");
     s.ok("mount back mnt --log-file DIR/log");
     let created = s.calls(|| s.write());
-    assert!(created.of("Encrypt") + created.of("GenerateDataKey") <= FILES + 16, "{created:?}");
+    // One for each file, and for those that are made ready for files to come.
+    assert!((FILES..=FILES + 64).contains(&created.of("Encrypt")), "{created:?}");
     assert!(created.of("DescribeKey") <= 2 && created.of("Decrypt") <= FILES, "{created:?}");
-    assert_eq!(s.calls(|| s.names()).total(), 0, "names need no key service");
-    assert_eq!(s.calls(|| s.read()).total(), 0, "the keys are still there");
+    assert_eq!(s.calls(|| s.names()).of("Decrypt"), 0, "names need no key service");
+    assert_eq!(s.calls(|| s.read()).of("Decrypt"), 0, "the keys are still there");
     s.ok("unmount mnt");
     s.ok("mount back mnt");
     let cold = s.calls(|| s.read());

@@ -17,6 +17,8 @@ pub(super) struct Patience {
 struct Silence {
     since: Instant,
     next: Duration,
+    /// When the next try is. Many may wait for it.
+    until: Instant,
 }
 
 impl Patience {
@@ -32,9 +34,13 @@ impl Patience {
 
     /// It did not, at `now`: how long to wait before the next try; `None` if patience is at its end.
     pub(super) fn wait(&mut self, now: Instant) -> Option<Duration> {
-        let s = self.silence.get_or_insert(Silence { since: now, next: FIRST });
+        let s = self.silence.get_or_insert(Silence { since: now, next: FIRST, until: now });
         let left = self.limit.checked_sub(now.saturating_duration_since(s.since)).filter(|l| !l.is_zero())?;
+        if now < s.until {
+            return Some((s.until - now).min(left));
+        }
         let wait = s.next.min(left);
+        s.until = now + wait;
         s.next = (s.next * 2).min(LONGEST);
         Some(wait)
     }
@@ -59,6 +65,14 @@ mod tests {
         assert_eq!(p.wait(t + ms(750)), Some(ms(250)), "no longer than what is left");
         assert_eq!(p.wait(t + ms(1000)), None);
         assert!(p.is_waiting());
+    }
+
+    #[test]
+    fn those_who_wait_at_the_same_time_try_again_at_the_same_time() {
+        let (t, ms) = (Instant::now(), Duration::from_millis);
+        let mut p = Patience::new(ms(10_000));
+        assert_eq!([0, 10, 240].map(|at| p.wait(t + ms(at))), [250, 240, 10].map(|w| Some(ms(w))));
+        assert_eq!([250, 260].map(|at| p.wait(t + ms(at))), [500, 490].map(|w| Some(ms(w))));
     }
 
     #[test]

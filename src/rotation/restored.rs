@@ -38,6 +38,7 @@ pub fn rewrap_restored<B: Backing>(shared: &Shared<B>, control: &Control) -> Res
         failures: &failures,
         again: false,
         turns: &turns,
+        calls: 1,
         patience: Mutex::new(Patience::new(Duration::ZERO)),
         swept: Mutex::default(),
     };

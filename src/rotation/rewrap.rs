@@ -13,6 +13,7 @@ use crate::format::geometry::{Copy2, SLOT, slot_offset};
 use crate::format::header::{Slot, SlotPair};
 use crate::format::ids::{KekId, StoreId};
 use crate::kms::event::Operation;
+use crate::kms::guard::lane::Background;
 use crate::store::Result;
 use crate::store::StoreError;
 use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, slots_are, unwrap_slot, wrap_slot};
@@ -21,6 +22,7 @@ use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Bytes of both slots.
 pub(super) type Slots = [u8; SLOTS_LEN];
@@ -124,7 +126,15 @@ struct Plan {
     bytes: [u8; SLOT],
 }
 
-/// Unwraps, wraps anew if need be, and writes the new wrap over the slot that is not relied on.
+/// What came of trying.
+pub(super) enum Tried<T> {
+    Done(T),
+    /// A key service has no leave for the calls yet: come again after so long.
+    NotYet(Duration),
+}
+
+/// Unwraps, wraps anew if need be, and writes the new wrap over the slot that is not relied on. Does not wait for leave to
+/// call a key service.
 ///
 /// # Errors
 /// Damage of the header, the key service's errors, the backing directory's. Nothing was written then, or a slot that
@@ -134,19 +144,24 @@ pub(super) fn first_half<B: Backing>(
     target: &KekHandle,
     item: &Item<B>,
     again: bool,
-) -> Result<First<B>> {
+    leave: &mut Leave,
+) -> Result<Tried<First<B>>> {
+    let done = |first| Ok(Tried::Done(first));
     let (node, file, stat) = match look(&shared.backing, item, Access::ReadWrite)? {
         Look::Open { node, file, stat } => (node, file, stat),
-        Look::Empty => return Ok(First::Empty),
-        Look::Gone => return Ok(First::Gone),
+        Look::Empty => return done(First::Empty),
+        Look::Gone => return done(First::Gone),
     };
     for _ in 0..TRIES {
-        let Some((pair, old)) = read_header(&shared.backing, &file, Source::Cache)? else { return Ok(First::Empty) };
+        let Some((pair, old)) = read_header(&shared.backing, &file, Source::Cache)? else { return done(First::Empty) };
         if item.reserved && !is_header(&pair) {
-            return Ok(First::Gone);
+            return done(First::Gone);
         }
         if judge(&pair, &old, shared.keys.store_id(), target.id())? == Standing::Current && !again {
-            return Ok(First::Current);
+            return done(First::Current);
+        }
+        if let Err(wait) = leave.ask(shared, target, &pair) {
+            return Ok(Tried::NotYet(wait));
         }
         let from = pair.authoritative()?.1.kek;
         let plan = plan(shared, target, &pair)?;
@@ -161,7 +176,7 @@ pub(super) fn first_half<B: Backing>(
         let mut expect = old;
         put(&mut expect, plan.slot, &plan.bytes);
         let half = Half { node, file, from, stat, written: plan.slot, bytes: plan.bytes, expect };
-        return Ok(First::Half(Box::new(half)));
+        return done(First::Half(Box::new(half)));
     }
     Err(busy())
 }
@@ -191,6 +206,35 @@ fn is_header(pair: &SlotPair) -> bool {
 
 fn busy() -> StoreError {
     io::Error::from_raw_os_error(libc::EBUSY).into()
+}
+
+/// Leave for the calls of one header. What was given stays given while the rest is waited for.
+#[derive(Default)]
+pub(super) struct Leave {
+    unwrap: bool,
+    wrap: bool,
+}
+
+impl Leave {
+    /// Asks for an unwrap by the KEK that wraps the header, and a wrap and its proof by the target. Of what is wrong with
+    /// the header tells whoever tries it.
+    fn ask<B: Backing>(
+        &mut self,
+        shared: &Shared<B>,
+        target: &KekHandle,
+        pair: &SlotPair,
+    ) -> std::result::Result<(), Duration> {
+        let Ok((_, slot)) = pair.authoritative() else { return Ok(()) };
+        if let (false, Ok(old)) = (self.unwrap, shared.keys.kek(slot.kek)) {
+            old.leave(Background::Rotation, 1)?;
+            self.unwrap = true;
+        }
+        if !self.wrap && slot.kek != target.id() {
+            target.leave(Background::Rotation, 2)?;
+            self.wrap = true;
+        }
+        Ok(())
+    }
 }
 
 /// Decides which slot is relied on, and makes the bytes that are to be in both.

@@ -12,7 +12,7 @@ use super::patience::Patience;
 use super::plan::{self, Begin, Wish};
 use super::report::{Counts, Failing, Failure, Outcome, Progress, Report, State, Status};
 use super::sealed::{SealedReport, seal_key};
-use super::sweep::{Sweep, Swept};
+use super::sweep::{Sweep, Swept, calls_at_once};
 use super::turns::Turns;
 use super::verify::{Found, Verify};
 use crate::backing::Backing;
@@ -308,6 +308,7 @@ impl<'a, B: Backing> Run<'a, B> {
             failures: &failures,
             again,
             turns: &self.turns,
+            calls: calls_at_once(self.ctx.shared, self.options.worker_count()),
             patience: Mutex::new(Patience::new(self.options.patience)),
             swept: Mutex::default(),
         };

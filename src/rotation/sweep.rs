@@ -5,7 +5,7 @@ use super::failures::Failures;
 use super::pass::{Item, Visitor};
 use super::patience::Patience;
 use super::report::Counts;
-use super::rewrap::{First, Half, Second, first_half, second_half};
+use super::rewrap::{First, Half, Leave, Second, Tried, first_half, second_half};
 use super::turns::Turns;
 use crate::backing::Backing;
 use crate::format::ids::KekId;
@@ -22,6 +22,17 @@ use std::time::Instant;
 const SYNC_ALL_FROM: usize = 8;
 /// How often a file is begun again whose header changed between the halves.
 const TRIES: usize = 8;
+
+/// First halves under way at once in a run, where each is a handful of calls to a key service. At 10 ms a call, three a
+/// header, that is 500 headers a second, which is more than the usual limits allow; and half as many as a service is
+/// called at once.
+const CALLS_AT_ONCE: usize = 16;
+
+/// First halves that each of `workers` has under way at once: more than one only where that is calls to a service, which
+/// keep no processor busy.
+pub(super) fn calls_at_once<B: Backing>(shared: &Shared<B>, workers: usize) -> usize {
+    if shared.keys.calls_a_service() { CALLS_AT_ONCE.div_ceil(workers.max(1)) } else { 1 }
+}
 
 /// A header between its halves, and where it was found.
 type Begun<B> = (Item<B>, Half<B>);
@@ -50,6 +61,8 @@ pub(super) struct Sweep<'a, B: Backing> {
     /// stays in the cache as if it were clean. Every header is written again.
     pub(super) again: bool,
     pub(super) turns: &'a Turns<'a>,
+    /// First halves of a batch under way at once, see [`calls_at_once`].
+    pub(super) calls: usize,
     pub(super) patience: Mutex<Patience>,
     pub(super) swept: Mutex<Swept>,
 }
@@ -58,19 +71,25 @@ impl<B: Backing> Sweep<'_, B> {
     /// The first half of one header. A key service that does not answer is waited for as long as there is patience:
     /// an outage in the middle of a run is no reason to end it with as many failures as there are files.
     fn first(&self, item: &Item<B>) -> Result<Result<First<B>, StoreError>, Cancelled> {
+        let mut leave = Leave::default();
         loop {
-            let first = first_half(self.shared, &self.target, item, self.again);
-            match &first {
+            match first_half(self.shared, &self.target, item, self.again, &mut leave) {
+                Ok(Tried::NotYet(wait)) => self.control.wait(wait)?,
                 Err(StoreError::Kms(e)) if e.is_retryable() => {
+                    leave = Leave::default();
                     let wait = self.patience.lock().wait(Instant::now());
                     match wait {
                         Some(wait) => self.control.wait(wait)?,
-                        None => return Ok(first),
+                        None => return Ok(Err(e.into())),
                     }
                 }
-                _ => {
+                Ok(Tried::Done(first)) => {
                     self.patience.lock().answered();
-                    return Ok(first);
+                    return Ok(Ok(first));
+                }
+                Err(e) => {
+                    self.patience.lock().answered();
+                    return Ok(Err(e));
                 }
             }
         }
@@ -81,29 +100,39 @@ impl<B: Backing> Sweep<'_, B> {
         self.failures.add(path, e);
     }
 
-    /// First halves of all `items`. A cancel leaves out the rest: what was begun is to be finished.
+    /// First halves of all `items`, several at once. A cancel leaves out the rest: what was begun is to be finished.
     fn begin(&self, items: Vec<Item<B>>, done: &mut Swept, end: &mut Result<(), Cancelled>) -> Vec<Begun<B>> {
-        let mut halves = Vec::with_capacity(items.len());
-        for item in items {
-            if end.is_ok() {
-                *end = self.turns.next(!item.has_moved());
-            }
-            if end.is_err() {
-                break;
-            }
-            match self.first(&item) {
-                Ok(Ok(First::Current)) => {
-                    done.counts.current += 1;
-                    done.found(self.target.id());
+        let at_once = self.calls.min(items.len());
+        let items = Mutex::new(items.into_iter());
+        let all = Mutex::new((Vec::new(), done, end));
+        let work = || {
+            while all.lock().2.is_ok() {
+                let Some(item) = items.lock().next() else { break };
+                let first = self.turns.next(!item.has_moved()).and_then(|()| self.first(&item));
+                let (halves, done, end) = &mut *all.lock();
+                match first {
+                    Ok(Ok(First::Current)) => {
+                        done.counts.current += 1;
+                        done.found(self.target.id());
+                    }
+                    Ok(Ok(First::Empty)) => done.counts.empty += 1,
+                    Ok(Ok(First::Gone)) => done.counts.vanished += 1,
+                    Ok(Ok(First::Half(h))) => halves.push((item, *h)),
+                    Ok(Err(e)) => self.fail(&mut done.counts, item.shown(), &e),
+                    Err(c) => **end = Err(c),
                 }
-                Ok(Ok(First::Empty)) => done.counts.empty += 1,
-                Ok(Ok(First::Gone)) => done.counts.vanished += 1,
-                Ok(Ok(First::Half(h))) => halves.push((item, *h)),
-                Ok(Err(e)) => self.fail(&mut done.counts, item.shown(), &e),
-                Err(c) => *end = Err(c),
             }
-        }
-        halves
+        };
+        std::thread::scope(|s| {
+            for _ in 1..at_once {
+                s.spawn(|| {
+                    let _at_work = self.turns.at_work();
+                    work();
+                });
+            }
+            work();
+        });
+        all.into_inner().0
     }
 
     /// Makes the first halves durable. Those for which that failed are dropped: their old slot must stay.

@@ -4,6 +4,7 @@
 mod causes;
 mod crash;
 mod destroy;
+mod external;
 mod live;
 mod refuse;
 mod restored;

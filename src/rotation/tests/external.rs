@@ -1,0 +1,147 @@
+//! Rotations whose headers are calls to a key service.
+
+use super::*;
+use crate::backing::sim::SimOptions;
+use crate::crypto::secret::Secret32;
+use crate::kms::guard::lane::Background;
+use crate::kms::scripted::{Behaviour, Call, Gate};
+use crate::kms::{Description, KmsError, WrapContext};
+use parking_lot::Mutex;
+use std::time::Duration;
+
+const FILES: usize = 40;
+
+fn external(root: &[Arc<dyn KeyProvider>]) -> Arc<Store<SimDisk>> {
+    let disk = SimDisk::new(SimOptions::default());
+    Store::init(&disk, root, KekKind::External, StoreFlags::default()).unwrap();
+    let keys = Keys::open(&disk, root).unwrap();
+    let store = Store::open(disk, keys, StoreOptions::default()).unwrap();
+    (0..FILES).for_each(|n| write(&store, &format!("f{n}"), b"content"));
+    store
+}
+
+fn all_open(store: &Arc<Store<SimDisk>>) {
+    store.forget_idle_keys();
+    let tree = read_all(store);
+    assert!(tree.len() == FILES && tree.values().all(|c| c == b"content"));
+}
+
+/// Does something when a sweep begins.
+struct AtSweep<F: Fn()>(F, std::sync::atomic::AtomicBool);
+
+impl<F: Fn() + Sync> Progress for AtSweep<F> {
+    fn update(&self, s: &Status) {
+        if s.state == State::Sweeping && !self.1.swap(true, std::sync::atomic::Ordering::SeqCst) {
+            self.0();
+        }
+    }
+}
+
+#[test]
+fn one_worker_has_many_calls_under_way() {
+    let service = Scripted::new("s");
+    let store = external(&roots(&service));
+    let before = service.count(Call::Unwrap);
+    let gate = Gate::new();
+    let hold = AtSweep(|| drop(service.always(Behaviour::Hold(gate.clone())).calls()), false.into());
+    let ctx = Context { shared: store.shared(), moves: &*store };
+    let report = std::thread::scope(|s| {
+        let rotation = s.spawn(|| run(&ctx, &one_job(), &hold, &Control::new()).unwrap());
+        gate.wait_for(16);
+        service.always(Behaviour::Obey);
+        gate.open();
+        rotation.join().unwrap()
+    });
+    assert_eq!((report.outcome, report.sweep.rewrapped), (Outcome::Complete, FILES as u64), "{report:?}");
+    // And the staged KEK's proof.
+    assert_eq!(service.count(Call::Unwrap) - before, 2 * FILES + 1);
+    all_open(&store);
+}
+
+/// A service that counts calls against the leave it gave.
+struct Rationed(Arc<Scripted>, Mutex<Ration>);
+
+#[derive(Default)]
+struct Ration {
+    asked: u32,
+    left: u32,
+    /// From now on calls need leave.
+    strict: bool,
+}
+
+impl Rationed {
+    fn call(&self) {
+        let mut r = self.1.lock();
+        if r.strict {
+            r.left = r.left.checked_sub(1).expect("a call without leave");
+        }
+    }
+}
+
+impl KeyProvider for Rationed {
+    fn describe(&self) -> Result<Description, KmsError> {
+        self.0.describe()
+    }
+
+    fn wrap(&self, key: &Secret32, context: &WrapContext) -> Result<Vec<u8>, KmsError> {
+        self.call();
+        self.0.wrap(key, context)
+    }
+
+    fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError> {
+        self.call();
+        self.0.unwrap(wrapped, context)
+    }
+
+    /// Every third time.
+    fn leave(&self, whose: Background, calls: u32) -> Result<(), Duration> {
+        assert_eq!(whose, Background::Rotation);
+        let mut r = self.1.lock();
+        r.asked += 1;
+        if r.asked % 3 != 0 {
+            return Err(Duration::from_micros(10));
+        }
+        r.left += calls;
+        Ok(())
+    }
+}
+
+#[test]
+fn a_rotation_asks_leave_before_its_calls_and_waits_for_it() {
+    let service = Arc::new(Rationed(Scripted::new("s"), Mutex::default()));
+    let store = external(&[service.clone()]);
+    let strict = AtSweep(|| service.1.lock().strict = true, false.into());
+    let ctx = Context { shared: store.shared(), moves: &*store };
+    let report = run(&ctx, &one_job(), &strict, &Control::new()).unwrap();
+    assert_eq!((report.outcome, report.failures_total), (Outcome::Complete, 0), "{report:?}");
+    let asked = service.1.lock().asked as usize;
+    assert!(asked >= 3 * 2 * FILES, "{asked}");
+    service.1.lock().strict = false;
+    all_open(&store);
+}
+
+#[test]
+fn a_cancel_ends_the_wait_for_leave() {
+    struct Never(Arc<Scripted>);
+    impl KeyProvider for Never {
+        fn describe(&self) -> Result<Description, KmsError> {
+            self.0.describe()
+        }
+        fn wrap(&self, key: &Secret32, context: &WrapContext) -> Result<Vec<u8>, KmsError> {
+            self.0.wrap(key, context)
+        }
+        fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError> {
+            self.0.unwrap(wrapped, context)
+        }
+        fn leave(&self, _: Background, _: u32) -> Result<(), Duration> {
+            Err(Duration::from_secs(3600))
+        }
+    }
+    let root: [Arc<dyn KeyProvider>; 1] = [Arc::new(Never(Scripted::new("s")))];
+    let store = external(&root);
+    let control = Control::new();
+    let cancel = AtSweep(|| control.cancel(), false.into());
+    let ctx = Context { shared: store.shared(), moves: &*store };
+    assert_eq!(run(&ctx, &one_job(), &cancel, &control).unwrap().outcome, Outcome::Cancelled);
+    all_open(&store);
+}

@@ -33,6 +33,8 @@ pub struct Defaults {
     pub dek_cache: DekCacheConfig,
     /// Most keys kept ready for files to come, where a key service wraps them; 0: none.
     pub dek_pool: Option<usize>,
+    /// Most files of a directory whose keys are unwrapped ahead, where a key service does that; 0: none.
+    pub prefetch: Option<usize>,
     /// `{store}` in it stands for the store's id.
     pub audit_log: Option<PathBuf>,
     pub audit_on_error: Option<OnError>,
@@ -164,7 +166,7 @@ mod tests {
         assert!(p.module.is_some() && p.token.is_some() && p.pin_file.is_some() && text.contains("pin_command"));
         let d = &c.defaults;
         assert!(d.refresh.is_some() && d.offline_grace.is_some() && d.on_denied == Some(OnDenied::Keep));
-        assert_eq!(d.dek_pool, Some(crate::cli::mount::DEK_POOL));
+        assert_eq!((d.dek_pool, d.prefetch), (Some(crate::cli::mount::DEK_POOL), Some(crate::cli::mount::PREFETCH)));
         assert_eq!(c.store["mail"].on_denied, Some(OnDenied::Drop));
         for key in ["passphrase_file", "passphrase_command", "read_only", "allow_other", "log_file", "log_level"]
             .iter()

@@ -23,6 +23,8 @@ use std::time::Duration;
 
 /// Keys kept ready for files to come, unless the configuration says otherwise.
 pub(super) const DEK_POOL: usize = 64;
+/// Files of a directory whose keys are unwrapped ahead, unless the configuration says otherwise.
+pub(super) const PREFETCH: usize = 32;
 
 /// Runs the subcommand; `argv` is what followed `mount` on the command line, for the child. The child itself returns its
 /// exit code and no fault: whoever started it has the fault from the pipe, and tells it.
@@ -142,6 +144,7 @@ fn plan(mut a: MountArgs, background: bool) -> Result<Plan, Fault> {
         connect,
         dek_cache: limits(&config),
         dek_pool: d.dek_pool.unwrap_or(DEK_POOL),
+        prefetch: d.prefetch.unwrap_or(PREFETCH),
         key_rules: key_rules(&config, table),
         mount,
         log,

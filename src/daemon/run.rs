@@ -50,6 +50,8 @@ pub struct Plan {
     pub dek_cache: DekCacheLimits,
     /// Most keys kept ready for files to come, where a key service wraps them.
     pub dek_pool: usize,
+    /// Most files of a directory whose keys are unwrapped ahead.
+    pub prefetch: usize,
     /// How the key service's word counts while mounted.
     pub key_rules: KeyRules,
     /// How to mount; the mount point absolute, without symbolic links.
@@ -90,6 +92,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
         read_only: plan.mount.read_only,
         deks: plan.dek_cache,
         dek_pool: plan.dek_pool,
+        prefetch: plan.prefetch,
         ..Default::default()
     };
     let store = Store::open(b, keys, options).map_err(|e| Fault::store(&plan.backing, &e))?;

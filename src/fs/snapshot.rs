@@ -6,15 +6,9 @@
 //! and go, `seekdir` to any number from `telldir` works for ever, and no state needs to hang on an open directory.
 //! (ext4 does the same.)
 
-use sha2::{Digest, Sha256};
-
 use crate::store::Entry;
-
-/// Offsets of `.` and `..`; every other entry's is larger.
-pub(super) const DOT: u64 = 1;
-pub(super) const DOT_DOT: u64 = 2;
-/// Largest offset: what fits the kernel's signed 64 bits, less room for a few equal hashes.
-const OFFSET_MAX: u64 = (1 << 63) - 4096;
+use crate::store::place::offset_of;
+pub(super) use crate::store::place::{DOT, DOT_DOT};
 
 /// The entries of a directory, sorted by offset.
 #[derive(Debug)]
@@ -45,14 +39,6 @@ impl Snapshot {
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
-}
-
-/// Where the name stands, in every snapshot. Not secret, and the names are not an attacker's to choose by the million
-/// without his own directory suffering for it; SHA-256 keeps collisions out of thought.
-fn offset_of(name: &[u8]) -> u64 {
-    let digest = Sha256::digest(name);
-    let hash = digest.first_chunk::<8>().map_or(0, |h| u64::from_le_bytes(*h));
-    DOT_DOT + 1 + hash % (OFFSET_MAX - DOT_DOT - 1)
 }
 
 #[cfg(test)]

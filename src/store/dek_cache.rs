@@ -92,6 +92,17 @@ impl DekCache {
         fresh
     }
 
+    /// Whether the DEK of `file` is here. No use of it.
+    pub fn has(&self, file: &FileId) -> bool {
+        let now = Instant::now();
+        self.inner.lock().map.peek(file).is_some_and(|e| self.is_fresh(e, now))
+    }
+
+    /// Most entries.
+    pub fn room(&self) -> usize {
+        self.limits.entries
+    }
+
     /// Keeps `dek` for `file`, in place of any other.
     pub fn put(&self, file: FileId, dek: Arc<Dek>) {
         self.put_at(file, dek, Instant::now());

@@ -9,7 +9,7 @@
 
 use super::ahead;
 use super::error::{Result, StoreError};
-use super::keys::{KekHandle, KekKind, Keys, Ready, Watch};
+use super::keys::{KekHandle, KekKind, Keys, Ready, WRAP_EXTERNAL, Watch};
 use super::shared::Shared;
 use crate::backing::{self, Backing};
 use crate::crypto::secret::Dek;
@@ -66,6 +66,14 @@ pub fn is_unborn(size: u64, d: &Damage) -> bool {
         && matches!(d, Damage::HeaderMagic | Damage::HeaderUnreadable | Damage::HeaderShort)
 }
 
+/// The DEK of a header, and how it was come by.
+pub struct Opened {
+    pub dek: Arc<Dek>,
+    pub slot: Slot,
+    /// By a call to the provider of an external KEK.
+    pub called: bool,
+}
+
 /// The DEK of a header, proven to be it: commitment and MAC are checked also when it comes from the cache.
 ///
 /// The slot with the higher sequence counts. If it does not open, an intact other slot is used and a warning logged:
@@ -73,30 +81,30 @@ pub fn is_unborn(size: u64, d: &Damage) -> bool {
 ///
 /// # Errors
 /// As [`super::keys::Keys::may_open`]; [`Damage`] for whatever is wrong with the authoritative slot; the key service's.
-pub fn open_dek<B: Backing>(shared: &Shared<B>, pair: &SlotPair) -> Result<(Arc<Dek>, Slot)> {
+pub fn open_dek<B: Backing>(shared: &Shared<B>, pair: &SlotPair) -> Result<Opened> {
     // Also for a DEK that the cache has.
     shared.keys.may_open()?;
     let (copy, slot) = pair.authoritative()?;
     let first = match unwrap_cached(shared, slot) {
-        Ok(dek) => return Ok((dek, slot.clone())),
+        Ok((dek, called)) => return Ok(Opened { dek, slot: slot.clone(), called }),
         Err(e @ StoreError::Damage(_)) => e,
         Err(e) => return Err(e),
     };
     if let Ok(other) = pair.get(copy.other())
         && other != slot
-        && let Ok(dek) = unwrap_cached(shared, other)
+        && let Ok((dek, called)) = unwrap_cached(shared, other)
     {
         tracing::warn!(file = %slot.file, "the newer header slot does not open ({first}); using the other");
-        return Ok((dek, other.clone()));
+        return Ok(Opened { dek, slot: other.clone(), called });
     }
     Err(first)
 }
 
-fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Arc<Dek>> {
+fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<(Arc<Dek>, bool)> {
     check_store(shared, slot)?;
     if let Some(dek) = shared.deks.get(&slot.file) {
         slot.verify(&dek)?;
-        return Ok(dek);
+        return Ok((dek, false));
     }
     shared.keys.permit()?;
     let watch = shared.keys.watch();
@@ -107,7 +115,25 @@ fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Arc<Dek>
     if !shared.keys.is_refused() {
         shared.deks.put(slot.file, Arc::clone(&dek));
     }
-    Ok(dek)
+    Ok((dek, slot.wrap_suite == WRAP_EXTERNAL))
+}
+
+/// Unwraps a slot's DEK into the cache, for whoever may open the file next.
+///
+/// # Errors
+/// As [`unwrap_slot`].
+pub(super) fn prefetch<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<()> {
+    check_store(shared, slot)?;
+    let watch = shared.keys.watch().ahead();
+    let opened = shared.keys.kek(slot.kek).and_then(|kek| unwrap_slot(&kek, slot));
+    watch.ended(Operation::Unwrap, slot.file, slot.kek, None, &opened);
+    shared.deks.put(slot.file, Arc::new(opened?));
+    // Unlike a request on an open file, this is waited for by neither a lock nor a refusal. One that has emptied the cache
+    // shows here; one that does not will empty it yet.
+    if !shared.keys.may_fetch() {
+        shared.deks.remove(&slot.file);
+    }
+    Ok(())
 }
 
 fn check_store<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<()> {

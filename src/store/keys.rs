@@ -333,6 +333,11 @@ impl Keys {
         a_service_wraps && self.gate.may_create().is_ok() && self.permit().is_ok() && !self.service_refuses()
     }
 
+    /// Whether keys may be unwrapped ahead of need now: while the service answers and refuses nothing.
+    pub(in crate::store) fn may_fetch(&self) -> bool {
+        self.gate.may_call() && self.permit().is_ok() && !self.service_refuses()
+    }
+
     /// Takes an entry of the pool under `kek`, which the caller holds as the active one: `had`, which was taken before,
     /// or another one. None while the service refuses, even if only one file so far.
     pub(in crate::store) fn take_ready(&self, kek: &KekHandle, had: Option<Ready>) -> Option<Ready> {

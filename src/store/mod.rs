@@ -16,6 +16,7 @@ pub mod moves;
 pub mod namespace;
 pub mod node;
 pub mod open;
+pub mod place;
 mod pool;
 mod rename;
 pub mod restored;

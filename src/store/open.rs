@@ -40,6 +40,9 @@ pub struct StoreOptions {
     pub pinned_max: Option<usize>,
     /// Most keys kept ready for files to come, where a key service wraps them; 0: none. See [`Store::work_ahead`].
     pub dek_pool: usize,
+    /// Most files of a directory whose keys are unwrapped ahead, where a key service does that; 0: none. See
+    /// [`Store::work_ahead`].
+    pub prefetch: usize,
 }
 
 /// An open store.
@@ -152,6 +155,8 @@ impl<B: Backing> Store<B> {
             links_dir,
             moves: Moves::default(),
         });
+        // What is fetched must not push out what is used.
+        store.shared.ahead.set_window(o.prefetch.min(store.shared.deks.room() / 4));
         if !o.read_only {
             store.clean_pool()?;
         }
@@ -194,7 +199,9 @@ impl<B: Backing> Store<B> {
     /// # Errors
     /// [`StoreError::IsADirectory`], [`StoreError::Invalid`] for other kinds, and those of [`FileCore::open`].
     pub fn open_file(&self, n: &Arc<Node<B>>, access: Access) -> Result<OpenFile<B>> {
-        self.core(n)?.open(access)
+        let open = self.core(n)?.open(access)?;
+        self.note_open(n, open.took_a_call());
+        Ok(open)
     }
 
     /// fsync of a file: its content, its name, and the names of the directories above it are durable.

@@ -24,7 +24,7 @@ pub struct Shared<B: Backing> {
     /// Files that old backups have brought back.
     pub restored: Restored<B>,
     /// What is done for users before they wait for it.
-    pub ahead: Ahead,
+    pub ahead: Ahead<B>,
 }
 
 impl<B: Backing> Shared<B> {

@@ -70,21 +70,23 @@ impl<B: Backing> FileCore<B> {
         let mut page = [0u8; PAGE as usize];
         let n = backing::read_into(&self.shared.backing, &file, &mut page, 0)?;
         let pair = SlotPair::decode(page.get(..n).unwrap_or_default());
-        let (dek, slot) = match pair.map_err(StoreError::from).and_then(|p| header::open_dek(&self.shared, &p)) {
-            Ok(found) => found,
-            Err(StoreError::Damage(d)) if header::is_unborn(st.size, &d) => {
-                // A new file whose first page never reached the disk: no content, so nothing is lost. The first write
-                // starts it afresh.
-                inner.file = Some(file);
-                return Ok(());
-            }
-            Err(e) => return Err(e),
-        };
+        let header::Opened { dek, slot, called } =
+            match pair.map_err(StoreError::from).and_then(|p| header::open_dek(&self.shared, &p)) {
+                Ok(found) => found,
+                Err(StoreError::Damage(d)) if header::is_unborn(st.size, &d) => {
+                    // A new file whose first page never reached the disk: no content, so nothing is lost. The first write
+                    // starts it afresh.
+                    inner.file = Some(file);
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            };
         if !self.shared.read_only && self.shared.keys.is_unused(slot.kek) {
             tracing::info!(file = %slot.file, kek = %slot.kek, "an old backup's header, under a KEK thought to be unused");
             self.shared.restored.note(&self.node);
         }
         let keys = Arc::new(FileKeys::new(dek, &slot));
+        inner.called = called;
         inner.file = Some(file);
         inner.keys = Some(Arc::clone(&keys));
         inner.promised = true;

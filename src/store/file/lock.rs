@@ -87,7 +87,7 @@ impl<B: Backing> FileCore<B> {
         let mut bytes = [0u8; SLOTS_LEN];
         let n = backing::read_into(&self.shared.backing, inner.backing_file()?, &mut bytes, 0)?;
         let pair = SlotPair::decode(bytes.get(..n).unwrap_or_default())?;
-        let (dek, slot) = header::open_dek(&self.shared, &pair)?;
+        let header::Opened { dek, slot, .. } = header::open_dek(&self.shared, &pair)?;
         if (Dropped { file: slot.file, commitment: slot.commitment }) != was {
             return Err(Damage::Commitment.into());
         }

@@ -102,6 +102,8 @@ struct Inner<B: Backing> {
     settling: bool,
     /// Of an empty file that was opened for writing while the key service did not answer: the key it will have.
     ready: Option<Ready>,
+    /// The open that is under way took a call for the key.
+    called: bool,
     /// A lock took the keys away: they must come back from this header. Always `stale` too.
     dropped: Option<lock::Dropped>,
     /// A change failed half-way and what is here may not be what the disk has: to be read again before any use.
@@ -148,6 +150,7 @@ impl<B: Backing> FileCore<B> {
                 cut_pending: false,
                 settling: false,
                 ready: None,
+                called: false,
                 dropped: None,
                 stale: false,
             }),
@@ -178,7 +181,8 @@ impl<B: Backing> FileCore<B> {
             (inner.opens, inner.writers) = (1, 1);
             inner.ready = ready;
         }
-        let open = OpenFile { core: Arc::clone(&core), writer: true, told_barriers: AtomicU64::new(0) };
+        let told_barriers = AtomicU64::new(0);
+        let open = OpenFile { core: Arc::clone(&core), writer: true, called: false, told_barriers };
         Ok((core, open))
     }
 
@@ -223,7 +227,8 @@ impl<B: Backing> FileCore<B> {
         inner.writers += usize::from(writer);
         // Of a failure that nobody was told of, the next fsync tells, as with the kernel's own files.
         let told_barriers = AtomicU64::new(self.told_barriers.load(Ordering::Acquire));
-        Ok(OpenFile { core: Arc::clone(self), writer, told_barriers })
+        let called = std::mem::take(&mut inner.called);
+        Ok(OpenFile { core: Arc::clone(self), writer, called, told_barriers })
     }
 
     /// Lets go of everything if no handle is open and nothing waits to be settled.
@@ -297,6 +302,7 @@ impl<B: Backing> Inner<B> {
 pub struct OpenFile<B: Backing> {
     core: Arc<FileCore<B>>,
     writer: bool,
+    called: bool,
     /// Failed barriers that an fsync through this handle has told of, or that were told before it was opened.
     told_barriers: AtomicU64,
 }
@@ -305,6 +311,11 @@ impl<B: Backing> OpenFile<B> {
     /// The inode's core.
     pub fn core(&self) -> &Arc<FileCore<B>> {
         &self.core
+    }
+
+    /// Whether opening it took a call to a key service.
+    pub fn took_a_call(&self) -> bool {
+        self.called
     }
 
     /// Whether this handle may write.

@@ -150,6 +150,11 @@ impl Gate {
         }
     }
 
+    /// Whether the service answers, and files may be opened.
+    pub(super) fn may_call(&self) -> bool {
+        self.may_open().is_ok() && self.authority(|a, now| matches!(a.view(now), View::Ready))
+    }
+
     /// A KEK is a key in a service.
     pub(super) fn has_a_service(&self) {
         self.calls.store(true, Ordering::Relaxed);

@@ -364,3 +364,105 @@ fn a_key_made_ahead_is_told_when_it_is_made_and_when_a_file_gets_it() {
     assert!(told.iter().all(|t| t.0 == Operation::Wrap && t.3.is_some() != t.1), "{told:?}");
     assert!(!ahead.contains(&wraps[0].2) && ahead.contains(&wraps[1].2));
 }
+
+/// Cold files, and the keys' cache as empty as after a mount.
+fn cold(
+    files: usize,
+    window: usize,
+) -> (Working, Vec<std::sync::Arc<crate::store::Node<crate::backing::sim::SimDisk>>>) {
+    let w = Working::new(DAY, 0);
+    let nodes = (0..files).map(|n| w.make(&format!("f{n:03}"), b"content").0).collect();
+    w.store.forget_idle_keys();
+    w.store.shared().ahead.set_window(window);
+    (w, nodes)
+}
+
+#[test]
+fn files_opened_one_after_another_find_their_keys_unwrapped() {
+    let (w, nodes) = cold(60, 32);
+    let before = w.calls().1;
+    let mut waited = 0;
+    for n in &nodes {
+        let open = w.store.open_file(n, crate::backing::Access::Read).unwrap();
+        waited += usize::from(open.took_a_call());
+        // As slow as a user is who does something with the file.
+        w.settled();
+    }
+    assert_eq!((waited, w.calls().1 - before), (2, 60), "each key is unwrapped once, and two opens waited for it");
+    let (w, nodes) = cold(60, 0);
+    let took = |n| w.store.open_file(n, crate::backing::Access::Read).unwrap().took_a_call();
+    assert_eq!(nodes.iter().filter(|n| took(n)).count(), 60, "switched off, each waits");
+}
+
+#[test]
+fn the_calls_for_files_that_come_next_are_under_way_at_once() {
+    let (w, nodes) = cold(60, 32);
+    w.read(&nodes[0]).unwrap();
+    w.settled();
+    let gate = Gate::new();
+    w.service.then(Call::Unwrap, Behaviour::Obey);
+    (0..4).for_each(|_| {
+        w.service.then(Call::Unwrap, Behaviour::Hold(gate.clone()));
+    });
+    w.read(&nodes[1]).unwrap();
+    gate.wait_for(4);
+    gate.open();
+    w.settled();
+    let before = w.calls();
+    (2..4).for_each(|n| drop(w.read(&nodes[n]).unwrap()));
+    w.settled();
+    assert!(w.calls().1 > before.1, "and the window grows");
+}
+
+#[test]
+fn opens_here_and_there_have_nothing_unwrapped_ahead() {
+    let (w, nodes) = cold(60, 32);
+    let before = w.calls().1;
+    for n in [7, 40, 3, 59, 21, 50, 12] {
+        w.read(&nodes[n]).unwrap();
+        w.settled();
+    }
+    assert_eq!(w.calls().1 - before, 7);
+}
+
+#[test]
+fn nothing_is_unwrapped_ahead_after_a_refusal_in_an_outage_or_behind_a_lock() {
+    let (w, nodes) = cold(60, 32);
+    let run = || {
+        for n in &nodes[..2] {
+            let _ = w.read(n);
+            w.settled();
+        }
+    };
+    w.service.then(Call::Unwrap, denied()).then(Call::Unwrap, denied());
+    let before = w.calls().1;
+    run();
+    assert_eq!(w.calls().1 - before, 2, "the two opens themselves");
+    w.service.outage();
+    let before = w.calls().1;
+    run();
+    assert!(w.calls().1 - before <= 2);
+    w.service.always(Behaviour::Obey);
+    w.keys().ask_service();
+    // A key that is on its way when the store is locked does not stay.
+    let gate = Gate::new();
+    w.service.then(Call::Unwrap, Behaviour::Obey).then(Call::Unwrap, Behaviour::Obey);
+    (0..4).for_each(|_| {
+        w.service.then(Call::Unwrap, Behaviour::Hold(gate.clone()));
+    });
+    w.store.forget_idle_keys();
+    for n in &nodes[30..32] {
+        w.read(n).unwrap();
+    }
+    gate.wait_for(4);
+    std::thread::scope(|s| {
+        let lock = s.spawn(|| w.lock());
+        while w.keys().locked_by().is_none() {
+            std::thread::yield_now();
+        }
+        gate.open();
+        lock.join().unwrap();
+    });
+    w.settled();
+    assert_eq!(w.store.shared().deks.stats().entries, 0);
+}

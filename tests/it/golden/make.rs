@@ -100,7 +100,7 @@ fn half_rewrapped(m: &Making, top: &Path, name: &str) {
     let path = top.join(m.backing(name));
     let mut bytes = fs::read(&path).unwrap();
     let pair = envelopefs::format::header::SlotPair::decode(&bytes).unwrap();
-    let (dek, slot) = open_dek(m.store.shared(), &pair).unwrap();
+    let envelopefs::store::header::Opened { dek, slot, .. } = open_dek(m.store.shared(), &pair).unwrap();
     let new = m.store.shared().keys.with_active(|k| wrap_slot(k, &slot, &dek, slot.sequence + 1)).unwrap();
     assert_ne!(new.kek, slot.kek);
     bytes[1024..2048].copy_from_slice(&new.encode());

@@ -89,6 +89,8 @@ pub struct Capabilities {
     pub binds_context: bool,
     /// `rewrap` happens inside the service: the key never reaches this process.
     pub native_rewrap: bool,
+    /// The same from one context to another.
+    pub rewraps_contexts: bool,
     /// `generate` makes the key inside the service.
     pub native_generate: bool,
     /// `unwrap_many` takes few calls for many keys.

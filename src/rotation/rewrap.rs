@@ -16,7 +16,9 @@ use crate::kms::event::Operation;
 use crate::kms::guard::lane::Background;
 use crate::store::Result;
 use crate::store::StoreError;
-use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, slots_are, unwrap_slot, wrap_slot};
+use crate::store::header::{
+    SLOTS_LEN, Source, is_unborn, read_slots, rewrap_slot, slots_are, unwrap_slot, wrap_slot,
+};
 use crate::store::keys::{KekHandle, Watch};
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
@@ -216,7 +218,8 @@ pub(super) struct Leave {
 }
 
 impl Leave {
-    /// Asks for an unwrap by the KEK that wraps the header, and a wrap and its proof by the target. Of what is wrong with
+    /// Asks for an unwrap by the KEK that wraps the header, unless the service re-wraps, and a wrap and its proof by the
+    /// target. Of what is wrong with
     /// the header tells whoever tries it.
     fn ask<B: Backing>(
         &mut self,
@@ -225,7 +228,9 @@ impl Leave {
         pair: &SlotPair,
     ) -> std::result::Result<(), Duration> {
         let Ok((_, slot)) = pair.authoritative() else { return Ok(()) };
-        if let (false, Ok(old)) = (self.unwrap, shared.keys.kek(slot.kek)) {
+        if let (false, Ok(old)) = (self.unwrap, shared.keys.kek(slot.kek))
+            && !target.rewraps(&old)
+        {
             old.leave(Background::Rotation, 1)?;
             self.unwrap = true;
         }
@@ -241,6 +246,9 @@ impl Leave {
 fn plan<B: Backing>(shared: &Shared<B>, target: &KekHandle, pair: &SlotPair) -> Result<Plan> {
     let (copy, slot) = pair.authoritative()?;
     shared.keys.permit()?;
+    if let Some(plan) = by_service(shared, target, slot, copy)? {
+        return Ok(plan);
+    }
     let watch = shared.keys.watch();
     let opened = unwrap(shared, slot);
     match &opened {
@@ -262,6 +270,30 @@ fn plan<B: Backing>(shared: &Shared<B>, target: &KekHandle, pair: &SlotPair) -> 
         }
         Err(e) => Err(e),
     }
+}
+
+/// By the service's own re-wrap, if it has one for this header. Whatever goes wrong with that but silence, the usual way
+/// may do, and tells why if it does not.
+fn by_service<B: Backing>(
+    shared: &Shared<B>,
+    target: &KekHandle,
+    slot: &Slot,
+    relied_on: Copy2,
+) -> Result<Option<Plan>> {
+    let may = slot.kek != target.id() && shared.keys.kek(slot.kek).is_ok_and(|old| target.rewraps(&old));
+    let Some(sequence) = slot.sequence.checked_add(1).filter(|_| may) else { return Ok(None) };
+    let watch = shared.keys.watch();
+    let new = rewrap_slot(target, slot, sequence);
+    match &new {
+        Err(StoreError::Kms(e)) if e.is_retryable() => {}
+        Err(e) => {
+            tracing::warn!(file = %slot.file, "the key service's own re-wrap is no use, so the header is moved the usual way: {e}");
+            return Ok(None);
+        }
+        Ok(_) => {}
+    }
+    watch.ended(Operation::Rewrap, slot.file, target.id(), Some(slot.kek), &new);
+    Ok(Some(Plan { write: true, slot: relied_on.other(), bytes: new?.encode() }))
 }
 
 /// Past every cache: what is relied on must open from what lies on disk.

@@ -163,6 +163,19 @@ pub fn wrap_slot(kek: &KekHandle, slot: &Slot, dek: &Dek, sequence: u64) -> Resu
     Ok(new)
 }
 
+/// `slot`, which `old` wraps, moved to `kek` with sequence `sequence` by the service itself: see [`KekHandle::rewraps`]. The
+/// new wrap is unwrapped before it is returned, and what comes out is held against the commitment and the MAC of the
+/// slot's prefix, which only the file's DEK fits: as good a proof as comparing it with what the old wrap holds.
+///
+/// # Errors
+/// The key service's; [`Damage`] if what it returned does not unwrap to the file's DEK.
+pub fn rewrap_slot(kek: &KekHandle, slot: &Slot, sequence: u64) -> Result<Slot> {
+    let mut new = renewed(kek, slot, sequence);
+    new.wrapped = kek.rewrap(&slot.wrap_aad(), &new.wrap_aad(), slot.file, &slot.wrapped)?;
+    unwrap_slot(kek, &new)?;
+    Ok(new)
+}
+
 /// The slot of a new file.
 ///
 /// Of kind external it is not proved by a second call, so that a create is one call to the service. A rewrap is always
@@ -178,11 +191,13 @@ fn wrap_new(kek: &KekHandle, slot: &Slot, dek: &Dek) -> Result<Slot> {
     }
 }
 
+/// `slot` as `kek` will wrap it.
+fn renewed(kek: &KekHandle, slot: &Slot, sequence: u64) -> Slot {
+    Slot { sequence, kek: kek.id(), wrap_suite: kek.wrap_suite(), ..slot.clone() }
+}
+
 fn wrap_unproved(kek: &KekHandle, slot: &Slot, dek: &Dek, sequence: u64) -> Result<Slot> {
-    let mut new = slot.clone();
-    new.sequence = sequence;
-    new.kek = kek.id();
-    new.wrap_suite = kek.wrap_suite();
+    let mut new = renewed(kek, slot, sequence);
     new.wrapped = kek.wrap(&new.wrap_aad(), new.file, dek)?;
     if new.wrapped.is_empty() || new.wrapped.len() > WRAPPED_MAX {
         return Err(Damage::WrapAuth(kek.id()).into());

@@ -308,6 +308,7 @@ impl KeyProvider for AwsKms {
         let capabilities = Capabilities {
             binds_context: true,
             native_rewrap: true,
+            rewraps_contexts: true,
             native_generate: true,
             remote: true,
             ..Capabilities::default()

@@ -145,3 +145,57 @@ fn a_cancel_ends_the_wait_for_leave() {
     assert_eq!(run(&ctx, &one_job(), &cancel, &control).unwrap().outcome, Outcome::Cancelled);
     all_open(&store);
 }
+
+/// A service that re-wraps from one context to another.
+struct Rewraps(Arc<Scripted>);
+
+impl KeyProvider for Rewraps {
+    fn describe(&self) -> Result<Description, KmsError> {
+        let mut d = self.0.describe()?;
+        (d.capabilities.native_rewrap, d.capabilities.rewraps_contexts) = (true, true);
+        Ok(d)
+    }
+    fn wrap(&self, key: &Secret32, context: &WrapContext) -> Result<Vec<u8>, KmsError> {
+        self.0.wrap(key, context)
+    }
+    fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError> {
+        self.0.unwrap(wrapped, context)
+    }
+    fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {
+        self.0.rewrap(wrapped, from, to)
+    }
+}
+
+/// Calls of a rotation: wraps, unwraps, re-wraps.
+fn rotation_of(service: &Arc<Scripted>, prepare: impl Fn(&Arc<Scripted>)) -> [usize; 3] {
+    let root: [Arc<dyn KeyProvider>; 1] = [Arc::new(Rewraps(service.clone()))];
+    let store = external(&root);
+    prepare(service);
+    let calls = || [Call::Wrap, Call::Unwrap, Call::Rewrap].map(|c| service.count(c));
+    let before = calls();
+    let report = rotate(&store, &one_job()).unwrap();
+    assert_eq!((report.outcome, report.sweep.rewrapped), (Outcome::Complete, FILES as u64), "{report:?}");
+    let after = calls();
+    all_open(&store);
+    [0, 1, 2].map(|i| after[i] - before[i])
+}
+
+#[test]
+fn a_service_that_rewraps_is_called_twice_for_a_header() {
+    assert_eq!(rotation_of(&Scripted::new("s"), |_| ()), [1, FILES + 1, FILES]);
+}
+
+#[test]
+fn a_rewrap_that_lies_or_is_refused_is_made_the_usual_way() {
+    let [wraps, unwraps, rewraps] = rotation_of(&Scripted::new("s"), |s| {
+        s.then(Call::Rewrap, Behaviour::AnotherKey).then(Call::Rewrap, Behaviour::Garbage);
+    });
+    assert_eq!((wraps, unwraps, rewraps), (1 + 2, FILES + 1 + 2 * 2, FILES), "each lie is found by its proof");
+    let [wraps, unwraps, rewraps] = rotation_of(&Scripted::new("s"), |s| {
+        (0..FILES).for_each(|_| {
+            s.then(Call::Rewrap, Behaviour::Fail(KmsError::Denied("no permission to re-wrap".into())));
+        });
+    });
+    assert_eq!((wraps, unwraps), (1 + FILES, 1 + 2 * FILES));
+    assert!(rewraps <= 16, "not asked for again: {rewraps}");
+}

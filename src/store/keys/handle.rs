@@ -35,6 +35,8 @@ pub struct KekHandle {
     key: Secret32,
     wrapper: Wrapper,
     may_wrap: AtomicBool,
+    /// The provider has refused to re-wrap.
+    no_rewrap: AtomicBool,
     /// Kind external: who wants to know how its calls end.
     gate: OnceLock<Arc<Gate>>,
 }
@@ -49,19 +51,43 @@ impl KekHandle {
     /// A sealed KEK, not allowed to wrap yet.
     pub(super) fn sealed(store: StoreId, id: KekId, key: Secret32) -> Self {
         let wrapper = Wrapper::Sealed(derive(&key, label::KEK_WRAP, id.as_bytes()));
-        Self { id, store, key, wrapper, may_wrap: AtomicBool::new(false), gate: OnceLock::new() }
+        Self {
+            id,
+            store,
+            key,
+            wrapper,
+            may_wrap: AtomicBool::new(false),
+            no_rewrap: AtomicBool::new(false),
+            gate: OnceLock::new(),
+        }
     }
 
     /// An external KEK, not allowed to wrap yet.
     pub(super) fn external(store: StoreId, id: KekId, probe: Secret32, provider: Arc<dyn KeyProvider>) -> Self {
         let wrapper = Wrapper::External(provider);
-        Self { id, store, key: probe, wrapper, may_wrap: AtomicBool::new(false), gate: OnceLock::new() }
+        Self {
+            id,
+            store,
+            key: probe,
+            wrapper,
+            may_wrap: AtomicBool::new(false),
+            no_rewrap: AtomicBool::new(false),
+            gate: OnceLock::new(),
+        }
     }
 
     /// What stands in the place of a KEK that a lock has dropped: its name, and no key.
     pub(super) fn gone(store: StoreId, id: KekId) -> Self {
         let key = Secret32::build(|_| {});
-        Self { id, store, key, wrapper: Wrapper::Gone, may_wrap: AtomicBool::new(false), gate: OnceLock::new() }
+        Self {
+            id,
+            store,
+            key,
+            wrapper: Wrapper::Gone,
+            may_wrap: AtomicBool::new(false),
+            no_rewrap: AtomicBool::new(false),
+            gate: OnceLock::new(),
+        }
     }
 
     /// Whether a lock has dropped the key.
@@ -131,11 +157,7 @@ impl KekHandle {
         WrapContext { store: self.store.0, purpose: KeyPurpose::Dek, object: file.0, extra: aad.to_vec() }
     }
 
-    /// Wraps `dek`, bound to `aad` (and for kind external to store and file too): 1 to 640 bytes.
-    ///
-    /// # Errors
-    /// [`StoreError::KeyState`] if this KEK is not the active one (any more); the provider's for kind external.
-    pub fn wrap(&self, aad: &[u8], file: FileId, dek: &Dek) -> Result<Vec<u8>> {
+    fn check_active(&self) -> Result<()> {
         if self.is_gone() {
             return Err(StoreError::KeysLocked);
         }
@@ -145,6 +167,15 @@ impl KekHandle {
                 self.id
             )));
         }
+        Ok(())
+    }
+
+    /// Wraps `dek`, bound to `aad` (and for kind external to store and file too): 1 to 640 bytes.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if this KEK is not the active one (any more); the provider's for kind external.
+    pub fn wrap(&self, aad: &[u8], file: FileId, dek: &Dek) -> Result<Vec<u8>> {
+        self.check_active()?;
         match &self.wrapper {
             Wrapper::Sealed(k) => Ok(GcmSiv::wrap(k, aad, dek.secret()).to_vec()),
             Wrapper::External(p) => {
@@ -154,6 +185,35 @@ impl KekHandle {
             }
             Wrapper::Gone => Err(StoreError::KeysLocked),
         }
+    }
+
+    /// Whether [`KekHandle::rewrap`] can move a wrap of `old` here: both are one key of a service that does so itself,
+    /// from one context to another.
+    pub fn rewraps(&self, old: &Self) -> bool {
+        let (Wrapper::External(to), Wrapper::External(from)) = (&self.wrapper, &old.wrapper) else { return false };
+        match (to.describe(), from.describe()) {
+            (Ok(t), Ok(f)) => {
+                t.uri == f.uri && t.capabilities.rewraps_contexts && !self.no_rewrap.load(Ordering::Relaxed)
+            }
+            _ => false,
+        }
+    }
+
+    /// Has the service move a wrap by another KEK of the same key, which was bound to `from`, here, bound to `to`. The DEK
+    /// does not come here. What comes back is not proved.
+    ///
+    /// # Errors
+    /// As [`KekHandle::wrap`]; the provider's, also that it lets us wrap and unwrap but not re-wrap.
+    pub fn rewrap(&self, from: &[u8], to: &[u8], file: FileId, wrapped: &[u8]) -> Result<Vec<u8>> {
+        self.check_active()?;
+        let Wrapper::External(p) = &self.wrapper else { return Err(KmsError::Config("no service".into()).into()) };
+        let moved = p.rewrap(wrapped, &self.context(from, file), &self.context(to, file));
+        match &moved {
+            // A permission of its own, which says nothing of the others.
+            Err(KmsError::Denied(_)) => self.no_rewrap.store(true, Ordering::Relaxed),
+            r => self.report(r),
+        }
+        bounded(moved?).map_err(Into::into)
     }
 
     /// Reverses [`KekHandle::wrap`].

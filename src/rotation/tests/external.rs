@@ -98,7 +98,7 @@ impl KeyProvider for Rationed {
         assert_eq!(whose, Background::Rotation);
         let mut r = self.1.lock();
         r.asked += 1;
-        if r.asked % 3 != 0 {
+        if !r.asked.is_multiple_of(3) {
             return Err(Duration::from_micros(10));
         }
         r.left += calls;
@@ -109,7 +109,8 @@ impl KeyProvider for Rationed {
 #[test]
 fn a_rotation_asks_leave_before_its_calls_and_waits_for_it() {
     let service = Arc::new(Rationed(Scripted::new("s"), Mutex::default()));
-    let store = external(&[service.clone()]);
+    let root: [Arc<dyn KeyProvider>; 1] = [service.clone()];
+    let store = external(&root);
     let strict = AtSweep(|| service.1.lock().strict = true, false.into());
     let ctx = Context { shared: store.shared(), moves: &*store };
     let report = run(&ctx, &one_job(), &strict, &Control::new()).unwrap();

@@ -134,7 +134,8 @@ impl<B: Backing> Store<B> {
             return Ok(());
         }
         let ask = || shared.keys.kek(slot.kek).map_or(Ok(()), |kek| leave(&kek));
-        if shared.ahead.has_leave(ask) && shared.keys.may_fetch() {
+        // Whoever has opened the file meanwhile has its key: asked last, for that is a call saved.
+        if shared.ahead.has_leave(ask) && shared.keys.may_fetch() && !shared.deks.has(&slot.file) {
             header::prefetch(shared, slot)?;
         }
         Ok(())

@@ -16,9 +16,7 @@ use crate::kms::event::Operation;
 use crate::kms::guard::lane::Background;
 use crate::store::Result;
 use crate::store::StoreError;
-use crate::store::header::{
-    SLOTS_LEN, Source, is_unborn, read_slots, rewrap_slot, slots_are, unwrap_slot, wrap_slot,
-};
+use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, rewrap_slot, slots_are, unwrap_slot, wrap_slot};
 use crate::store::keys::{KekHandle, Watch};
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;

@@ -28,6 +28,11 @@ pub enum Damage {
     /// With the time, in seconds since 1970.
     #[error("KEK {0} was destroyed at {when}; only a backup of the keyring from before can open this file", when = rfc3339_seconds(*.1))]
     KekDestroyed(KekId, u64),
+    /// Nothing is broken: the operator has closed the KEK for trial.
+    #[error(
+        "KEK {0} is below the floor that was set for this store (key floor moves it back, rotate moves the file up)"
+    )]
+    KekBelowFloor(KekId),
     #[error("the wrapped DEK does not open under KEK {0}")]
     WrapAuth(KekId),
     #[error("key commitment does not match the unwrapped DEK")]
@@ -76,6 +81,7 @@ impl Damage {
             Self::ForeignStore(_) => "foreign-store",
             Self::KekUnknown(_) => "kek-unknown",
             Self::KekDestroyed(..) => "kek-destroyed",
+            Self::KekBelowFloor(_) => "kek-below-floor",
             Self::WrapAuth(_) => "wrap-auth",
             Self::Commitment => "commitment",
             Self::HeaderMac => "header-mac",

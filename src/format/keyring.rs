@@ -7,7 +7,7 @@
 //! | 8 | magic `ENVLPKR1` |
 //! | 2 | version, 1 |
 //! | 2 | reserved, 0 |
-//! | 4 | incompatible feature flags: bit 0 = names in clear |
+//! | 4 | incompatible feature flags: bit 0 = names in clear, bit 1 = there is a life-cycle section |
 //! | 4 | read-only-compatible feature flags |
 //! | 4 | reserved, 0 |
 //! | 16 | store id |
@@ -17,6 +17,7 @@
 //! | … | wraps of the store secret (a list of wraps, see below; at least one) |
 //! | 4 | number of KEKs, 1…[`KEKS_MAX`] |
 //! | … | each: KEK id 16 · kind u8 · state u8 · reserved u16 0 · six times u64: created, activated, retired, unused, destroyed, reserved 0 · provider 16 · list of wraps |
+//! | … | with incompatible flag bit 1: the life-cycle section, see [`super::lifecycle`] |
 //! | 32 | MAC: HMAC-SHA-256 over everything before it, key = derive(store secret, KEYRING_MAC, "") |
 //! | 4 | CRC-32C over everything before it |
 //!
@@ -30,13 +31,17 @@
 use super::codec::{Malformed, Reader, Writer};
 use super::damage::Damage;
 use super::ids::{KekId, RootKeyId, StoreId};
+use super::lifecycle::LifeCycle;
 
 /// First bytes of a keyring.
 pub const MAGIC: &[u8; 8] = b"ENVLPKR1";
 /// Incompatible feature: file names are stored in clear.
 pub const INCOMPAT_PLAINTEXT_NAMES: u32 = 1;
+/// Incompatible feature: there is a life-cycle section ([`super::lifecycle`]), with rules that a program must know to open
+/// files and to destroy KEKs.
+pub const INCOMPAT_LIFE_CYCLE: u32 = 2;
 /// Incompatible features this program knows.
-pub const INCOMPAT_KNOWN: u32 = INCOMPAT_PLAINTEXT_NAMES;
+pub const INCOMPAT_KNOWN: u32 = INCOMPAT_PLAINTEXT_NAMES | INCOMPAT_LIFE_CYCLE;
 /// Read-only-compatible features this program knows: with any other flag set, the store may only be read.
 pub const RO_COMPAT_KNOWN: u32 = 0;
 /// Most root keys of a keyring.
@@ -123,12 +128,15 @@ pub struct Keyring {
     pub store: StoreId,
     /// Counts the updates; the copy with the higher one counts.
     pub generation: u64,
+    /// Without [`INCOMPAT_LIFE_CYCLE`], which stands on disk if and only if `life` says anything.
     pub incompat: u32,
     pub ro_compat: u32,
     pub roots: Vec<RootKeyRecord>,
     /// The store secret, wrapped by each root key.
     pub secret: Vec<Wrap>,
+    /// In the order in which they were made.
     pub keks: Vec<KekRecord>,
+    pub life: LifeCycle,
 }
 
 /// A keyring and what is needed to verify its MAC.
@@ -230,6 +238,12 @@ impl Keyring {
         self.roots.iter().find(|r| r.id == id)
     }
 
+    /// Whether the floor keeps files from being opened under `id`: it stands before the floor's KEK.
+    pub fn is_below_floor(&self, id: KekId) -> bool {
+        let at = |id| self.keks.iter().position(|k| k.id == id);
+        self.life.floor.and_then(at).is_some_and(|floor| at(id).is_some_and(|n| n < floor))
+    }
+
     /// Whether file names are stored in clear.
     pub fn plaintext_names(&self) -> bool {
         self.incompat & INCOMPAT_PLAINTEXT_NAMES != 0
@@ -251,7 +265,8 @@ impl Keyring {
             + self.roots.iter().map(|r| 18 + r.uri.len()).sum::<usize>()
             + wraps_len(&self.secret)
             + 4
-            + self.keks.iter().map(KekRecord::len).sum::<usize>();
+            + self.keks.iter().map(KekRecord::len).sum::<usize>()
+            + self.life.len();
         let total = signed + MAC_LEN + CRC_LEN;
         if total > KEYRING_MAX {
             return Err(Malformed);
@@ -273,7 +288,7 @@ impl Keyring {
         w.put(MAGIC)?;
         w.u16(super::FORMAT_VERSION)?;
         w.zeros(2)?;
-        w.u32(self.incompat)?;
+        w.u32(self.incompat | if self.life.is_empty() { 0 } else { INCOMPAT_LIFE_CYCLE })?;
         w.u32(self.ro_compat)?;
         w.zeros(4)?;
         w.put(self.store.as_bytes())?;
@@ -288,6 +303,7 @@ impl Keyring {
         for k in &self.keks {
             write_kek(&mut w, k)?;
         }
+        self.life.write(&mut w)?;
         w.finish()
     }
 
@@ -329,9 +345,12 @@ impl Keyring {
         let roots = (0..bounded(r.u16()?.into(), ROOTS_MAX)?).map(|_| read_root(&mut r)).collect::<Result<_, _>>()?;
         let secret = read_wraps(&mut r)?;
         let n = bounded(usize::try_from(r.u32()?).map_err(|_| Malformed)?, KEKS_MAX)?;
-        let keks = (0..n).map(|_| read_kek(&mut r)).collect::<Result<_, _>>()?;
+        let keks: Vec<KekRecord> = (0..n).map(|_| read_kek(&mut r)).collect::<Result<_, _>>()?;
+        let has_life = incompat & INCOMPAT_LIFE_CYCLE != 0;
+        let life = if has_life { LifeCycle::read(&mut r, n)? } else { LifeCycle::default() };
         r.finish()?;
-        let k = Self { store, generation, incompat, ro_compat, roots, secret, keks };
+        let incompat = incompat & !INCOMPAT_LIFE_CYCLE;
+        let k = Self { store, generation, incompat, ro_compat, roots, secret, keks, life };
         k.check()?;
         Ok(Ok(k))
     }
@@ -345,6 +364,8 @@ impl Keyring {
         };
         let ids: Vec<KekId> = self.keks.iter().map(|k| k.id).collect();
         let sound = self.generation > 0
+            && self.incompat & INCOMPAT_LIFE_CYCLE == 0
+            && self.life.is_sound(&self.keks)
             && (1..=ROOTS_MAX).contains(&roots.len())
             && distinct(&roots)
             && self.roots.iter().all(|r| !r.uri.chars().any(char::is_control))
@@ -428,6 +449,7 @@ fn read_kek(r: &mut Reader<'_>) -> Result<KekRecord, Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::lifecycle::Schedule;
     use proptest::collection::vec;
     use proptest::prelude::*;
 
@@ -472,7 +494,18 @@ mod tests {
                 kek(3, KekState::Active),
                 KekRecord { kind: KekKind::External, provider: Some(root(2)), ..kek(4, KekState::Pending) },
             ],
+            life: LifeCycle::default(),
         }
+    }
+
+    fn schedule(n: u8) -> Schedule {
+        Schedule { kek: KekId([n; 16]), confirmed: 2, scheduled: 10, due: 20, announced: 0, used: 15 }
+    }
+
+    /// The sample with something to say of the end of its KEKs.
+    fn ending() -> Keyring {
+        let life = LifeCycle { quorum: 2, floor: Some(KekId([3; 16])), schedules: vec![schedule(2)] };
+        Keyring { life, ..sample() }
     }
 
     fn mac(signed: &[u8]) -> [u8; 32] {
@@ -497,6 +530,28 @@ mod tests {
         assert_eq!(d.signed, bytes[..bytes.len() - 36]);
         assert_eq!(d.keyring.active().unwrap().id, KekId([3; 16]));
         assert_eq!(d.keyring.pending().unwrap().id, KekId([4; 16]));
+    }
+
+    #[test]
+    fn a_life_cycle_section_is_there_if_it_says_anything() {
+        let (plain, k) = (sample().encode(mac).unwrap(), ending());
+        let b = k.encode(mac).unwrap();
+        assert_eq!(Keyring::decode(&b).unwrap().keyring, k);
+        assert_eq!((plain[12], b[12]), (1, 3));
+        let section = b[plain.len() - 36..b.len() - 36].to_vec();
+        let (head, one) = section.split_at(24);
+        assert_eq!(head, [&[2, 0, 0, 0][..], &[3; 16], &[1, 0, 0, 0]].concat());
+        let times: Vec<u8> = [10u64, 20, 0, 15].iter().flat_map(|t| t.to_le_bytes()).collect();
+        assert_eq!(one, [&[2; 16][..], &[2, 0, 0, 0, 0, 0, 0, 0], &times].concat());
+        for (below, n) in [(true, 1), (true, 2), (false, 3), (false, 4), (false, 9)] {
+            assert_eq!(k.is_below_floor(KekId([n; 16])), below, "{n}");
+        }
+        // Nothing to say, said all the same.
+        let mut b = plain.clone();
+        b[12] |= 2;
+        let n = b.len() - 36;
+        b.splice(n..n, [0; 24]);
+        assert_eq!(Keyring::decode(&seal(b)), Err(Damage::KeyringUnreadable));
     }
 
     /// The fixed part, byte by byte: what docs/FORMAT.md says, in numbers of its own.
@@ -549,7 +604,8 @@ mod tests {
         };
         assert_eq!(with(8, 2), Err(Damage::UnsupportedVersion(2)));
         assert_eq!(with(9, 1), Err(Damage::UnsupportedVersion(257)));
-        assert_eq!(with(12, 3), Err(Damage::UnsupportedFeature(2)));
+        assert_eq!(with(12, 5), Err(Damage::UnsupportedFeature(4)));
+        assert_eq!(with(12, 3), Err(Damage::KeyringUnreadable), "a life-cycle section that is not there");
         assert_eq!(with(10, 1), Err(Damage::KeyringUnreadable), "reserved");
         assert_eq!(with(20, 1), Err(Damage::KeyringUnreadable), "reserved");
         assert!(with(16, 1).unwrap().read_only(), "read-only-compatible");
@@ -559,7 +615,7 @@ mod tests {
     #[test]
     fn rules_between_fields_hold_on_both_sides() {
         type Breakage = (&'static str, fn(&mut Keyring));
-        let broken: [Breakage; 15] = [
+        let broken: [Breakage; 25] = [
             ("no active", |k| k.keks[2].state = KekState::Retired),
             ("two active", |k| k.keks[1].state = KekState::Active),
             ("same KEK twice", |k| k.keks[1].id = k.keks[2].id),
@@ -575,9 +631,19 @@ mod tests {
             ("provider unknown", |k| k.keks[3].provider = Some(root(7))),
             ("generation 0", |k| k.generation = 0),
             ("control character in a URI", |k| k.roots[0].uri.push('\n')),
+            ("quorum of one, spelled out", |k| k.life.quorum = 1),
+            ("quorum of more than there can be", |k| k.life.quorum = 17),
+            ("floor unknown", |k| k.life.floor = Some(KekId([8; 16]))),
+            ("floor above the active KEK", |k| k.life.floor = Some(KekId([4; 16]))),
+            ("a schedule of an unknown KEK", |k| k.life.schedules[0].kek = KekId([8; 16])),
+            ("a schedule of the active KEK", |k| k.life.schedules[0].kek = KekId([3; 16])),
+            ("a schedule of a destroyed KEK", |k| k.life.schedules[0].kek = KekId([1; 16])),
+            ("scheduled twice", |k| k.life.schedules.push(schedule(2))),
+            ("confirmed by nobody", |k| k.life.schedules[0].confirmed = 0),
+            ("due before it was scheduled", |k| k.life.schedules[0].due = 9),
         ];
         for (what, f) in broken {
-            let mut k = sample();
+            let mut k = ending();
             f(&mut k);
             assert_eq!(k.encode(mac), Err(Malformed), "{what}");
             // The same bytes from somebody who does not check.
@@ -586,7 +652,8 @@ mod tests {
                 + k.roots.iter().map(|r| 18 + r.uri.len()).sum::<usize>()
                 + wraps_len(&k.secret)
                 + 4
-                + k.keks.iter().map(KekRecord::len).sum::<usize>();
+                + k.keks.iter().map(KekRecord::len).sum::<usize>()
+                + k.life.len();
             let mut b = vec![0; len];
             k.write(&mut b).unwrap();
             b.extend_from_slice(&[0; 36]);
@@ -657,10 +724,19 @@ mod tests {
             secret in wraps(n),
             keks in vec(record(n), 0..5),
             active in wraps(n),
+            quorum in prop_oneof![Just(0), 2u8..=16],
+            floor in 0usize..8,
+            times in vec(any::<[u64; 4]>(), 0..5),
         ) -> Keyring {
             let mut keks: Vec<KekRecord> = keks;
+            let retired = keks.iter().filter(|k| k.state == KekState::Retired);
+            let schedules = retired.zip(times).map(|(k, t)| Schedule {
+                kek: k.id, confirmed: 1 + (t[2] % 16) as u8, scheduled: t[0].min(t[1]), due: t[0].max(t[1]), announced: t[2], used: t[3],
+            }).collect();
+            let floor = keks.get(floor).filter(|k| k.id.0 != [0; 16]).map(|k| k.id);
             keks.push(KekRecord { wraps: active, ..kek(0xaa, KekState::Active) });
             Keyring {
+                life: LifeCycle { quorum, floor, schedules },
                 store: StoreId(store),
                 generation,
                 incompat: plain.into(),

@@ -7,6 +7,7 @@ pub mod geometry;
 pub mod header;
 pub mod ids;
 pub mod keyring;
+pub mod lifecycle;
 pub mod links;
 pub mod names;
 pub mod state;

@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | stored bytes do not authenticate | `EIO` | what a disk says of a bad sector; the log names file, block and code |
 //! | the file's KEK was destroyed | `EKEYREVOKED` | nothing will bring the content back but a backup of the keyring |
+//! | the file's KEK is below the floor | `EKEYREVOKED` | what a destroyed KEK gives: the floor rehearses that |
 //! | no such KEK or root key, service unreachable or throttled, no credentials | `ENOKEY` | "required key not available"; may pass |
 //! | the keys are locked | `ENOKEY` | `unlock` brings them back |
 //! | the service has been silent for longer than `offline_grace` | `ENOKEY` | may pass; nobody has decided anything |
@@ -58,7 +59,7 @@ fn of_backing(e: &io::Error) -> i32 {
 
 fn of_damage(d: &Damage) -> i32 {
     match d {
-        Damage::KekDestroyed(..) => libc::EKEYREVOKED,
+        Damage::KekDestroyed(..) | Damage::KekBelowFloor(_) => libc::EKEYREVOKED,
         Damage::KekUnknown(_) => libc::ENOKEY,
         Damage::HeaderUnreadable
         | Damage::HeaderMagic
@@ -141,6 +142,7 @@ mod tests {
     fn keys_have_errors_of_their_own() {
         let id = KekId([7; 16]);
         assert_eq!(of(&Damage::KekDestroyed(id, 1).into()), libc::EKEYREVOKED);
+        assert_eq!(of(&Damage::KekBelowFloor(id).into()), libc::EKEYREVOKED);
         assert_eq!(of(&Damage::KekUnknown(id).into()), libc::ENOKEY);
         assert_eq!(of(&Damage::WrapAuth(id).into()), libc::EIO);
         assert_eq!(of(&StoreError::KeysLocked), libc::ENOKEY);

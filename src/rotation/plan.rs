@@ -72,6 +72,7 @@ mod tests {
     use super::*;
     use crate::format::ids::StoreId;
     use crate::format::keyring::KekRecord;
+    use crate::format::lifecycle::LifeCycle;
 
     fn kek(state: KekState, unused: u64) -> KekRecord {
         KekRecord {
@@ -97,6 +98,7 @@ mod tests {
             roots: Vec::new(),
             secret: Vec::new(),
             keks,
+            life: LifeCycle::default(),
         }
     }
 

@@ -296,7 +296,7 @@ fn by_service<B: Backing>(
 
 /// Past every cache: what is relied on must open from what lies on disk.
 fn unwrap<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<Dek> {
-    unwrap_slot(&*shared.keys.kek(slot.kek)?, slot)
+    unwrap_slot(&*shared.keys.kek_to_move(slot.kek)?, slot)
 }
 
 fn rewrap(watch: &Watch<'_>, target: &KekHandle, slot: &Slot, dek: &Dek, relied_on: Copy2) -> Result<Plan> {

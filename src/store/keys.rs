@@ -39,6 +39,7 @@ use crate::format::codec::Malformed;
 use crate::format::damage::Damage;
 use crate::format::ids::{KekId, RootKeyId, StoreId};
 use crate::format::keyring::{INCOMPAT_PLAINTEXT_NAMES, KekRecord, Keyring, RootKeyRecord};
+use crate::format::lifecycle::LifeCycle;
 use crate::kms::event::Observer;
 use crate::kms::{KeyProvider, recovery};
 use crate::store::{Result, StoreError};
@@ -185,6 +186,7 @@ impl Keys {
             roots: Vec::new(),
             secret: Vec::new(),
             keks: Vec::new(),
+            life: LifeCycle::default(),
         };
         for c in &targets {
             ring.roots.push(RootKeyRecord { id: c.id, uri: c.provider.describe()?.uri });
@@ -371,12 +373,24 @@ impl Keys {
         self.is_refused() || self.gate.was_refused()
     }
 
-    /// The KEK `id`, active or retired, to unwrap with.
+    /// The KEK `id`, active or retired, to open files with.
+    ///
+    /// # Errors
+    /// As [`Keys::kek_to_move`]; [`Damage::KekBelowFloor`].
+    pub fn kek(&self, id: KekId) -> Result<Arc<KekHandle>> {
+        match self.state.read().ring.is_below_floor(id) {
+            // What is worse is told first.
+            true => self.kek_to_move(id).and(Err(Damage::KekBelowFloor(id).into())),
+            false => self.kek_to_move(id),
+        }
+    }
+
+    /// The KEK `id`, active or retired, to unwrap with, wherever the floor is: for moving headers and for looking at them.
     ///
     /// # Errors
     /// As [`Keys::may_open`]; [`Damage::KekUnknown`], [`Damage::KekDestroyed`]; [`StoreError::KeyState`] if it is pending: nothing was
     /// wrapped under it; [`StoreError::Kms`] if no root key at hand opened it.
-    pub fn kek(&self, id: KekId) -> Result<Arc<KekHandle>> {
+    pub fn kek_to_move(&self, id: KekId) -> Result<Arc<KekHandle>> {
         self.gate.may_open()?;
         let found = self.state.read().ring.kek(id).map(|k| (k.state, k.destroyed));
         match found {

@@ -139,7 +139,7 @@ class Cursor:
 
 # --- 4. The keyring -------------------------------------------------------------------------------------------------
 
-PLAINTEXT_NAMES = 1
+PLAINTEXT_NAMES, LIFE_CYCLE = 1, 2
 SEALED, EXTERNAL = 1, 2
 PENDING, ACTIVE, RETIRED, DESTROYED = 1, 2, 3, 4
 
@@ -155,6 +155,15 @@ class Kek:
 
 
 @dataclass
+class LifeCycle:
+    """When KEKs end (section 4.4)."""
+
+    quorum: int = 0
+    floor: bytes = b""  # KekId, or nothing
+    schedules: dict = field(default_factory=dict)  # KekId → (confirmed, scheduled, due, announced, used)
+
+
+@dataclass
 class Keyring:
     flags: int
     store: bytes
@@ -164,6 +173,7 @@ class Keyring:
     keks: dict  # KekId → Kek
     signed: bytes = field(repr=False)
     mac: bytes = field(repr=False)
+    life: LifeCycle = field(default_factory=LifeCycle)
 
     @classmethod
     def parse(cls, data):
@@ -178,7 +188,7 @@ class Keyring:
         c.take(10)
         c.zeros(2)
         flags, _ = c.number(4), c.number(4)
-        if flags & ~PLAINTEXT_NAMES:
+        if flags & ~(PLAINTEXT_NAMES | LIFE_CYCLE):
             raise Damage("unsupported-feature")
         c.zeros(4)
         store, generation = c.take(16), c.number(8)
@@ -202,9 +212,37 @@ class Keyring:
             kek = cls._kek(c, roots)
             c.require(kek.id not in keks)
             keks[kek.id] = kek
-        c.end()
         c.require(sum(k.state == ACTIVE for k in keks.values()) == 1)
-        return cls(flags, store, generation, roots, secret, keks, signed, found)
+        life = cls._life(c, keks) if flags & LIFE_CYCLE else LifeCycle()
+        c.end()
+        return cls(flags, store, generation, roots, secret, keks, signed, found, life)
+
+    @staticmethod
+    def _life(c, keks):
+        quorum = c.number(1)
+        c.zeros(3)
+        floor = c.take(16)
+        floor = floor if any(floor) else b""
+        order = list(keks)
+        active = next(i for i, k in enumerate(keks.values()) if k.state == ACTIVE)
+        c.require(quorum == 0 or 2 <= quorum <= 16)
+        c.require(not floor or floor in keks and order.index(floor) <= active)
+        n = c.number(4)
+        c.require(n <= len(keks))
+        schedules = {}
+        for _ in range(n):
+            kek, confirmed = c.take(16), c.number(1)
+            c.zeros(7)
+            scheduled, due, announced, used = (c.number(8) for _ in range(4))
+            c.require(kek in keks and keks[kek].state == RETIRED and kek not in schedules)
+            c.require(1 <= confirmed <= 16 and due >= scheduled)
+            schedules[kek] = (confirmed, scheduled, due, announced, used)
+        c.require(quorum or floor or schedules)
+        return LifeCycle(quorum, floor, schedules)
+
+    def is_below_floor(self, kek):
+        order = list(self.keks)
+        return bool(self.life.floor) and order.index(kek) < order.index(self.life.floor)
 
     @staticmethod
     def _wraps(c, roots):
@@ -396,6 +434,8 @@ class Keys:
             raise Damage("kek-unknown", slot.kek.hex())
         if kek.state == DESTROYED:
             raise Damage("kek-destroyed", slot.kek.hex())
+        if self.keyring.is_below_floor(slot.kek):
+            raise Damage("kek-below-floor", slot.kek.hex())
         if slot.wrap_suite == EXTERNAL:
             context = wrap_context(b"dek", self.keyring.store, slot.file, slot.wrap_aad)
             dek = self._unwrap({kek.provider: slot.wrapped}, context)

@@ -115,10 +115,16 @@ def keyring(v):
     for kek in k.keks.values():
         key = keys._unwrap(kek.wraps, r.wrap_context(b"kek", k.store, kek.id))
         keks.append({"id": kek.id.hex(), "state": STATES[kek.state], "key": key and key.hex()})
-    return {
+    found = {
         "store": k.store.hex(), "generation": k.generation, "plaintext_names": bool(k.flags & r.PLAINTEXT_NAMES),
         "roots": list(k.roots.values()), "secret": keys.secret.hex(), "keks": keks,
     }
+    if k.flags & r.LIFE_CYCLE:
+        names = ("confirmed", "scheduled", "due", "announced", "used")
+        schedules = {kek.hex(): dict(zip(names, s)) for kek, s in k.life.schedules.items()}
+        below = [kek.hex() for kek in k.keks if k.is_below_floor(kek)]
+        found["life"] = {"quorum": k.life.quorum, "below_floor": below, "schedules": schedules}
+    return found
 
 
 def passphrase(v):

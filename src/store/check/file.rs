@@ -117,6 +117,10 @@ impl<B: Backing> Checker<'_, B> {
             let what = format!("KEK {} is thought to be unused: was this file restored? Run rotate", slot.kek);
             self.add(path, "kek-retired", what, Severity::Warning);
         }
+        if self.ring.as_ref().is_some_and(|r| r.is_below_floor(slot.kek)) {
+            let d = Damage::KekBelowFloor(slot.kek);
+            self.add(path, d.code(), d.to_string(), Severity::Warning);
+        }
         let me = (stat.dev, stat.ino);
         if *self.ids.entry(slot.file).or_insert(me) != me {
             let what = "another file has the same id and key: one of them is a copy made below the store; \
@@ -139,7 +143,7 @@ impl<B: Backing> Checker<'_, B> {
     fn unwrap(&mut self, path: &[u8], pair: &SlotPair) -> Result<Option<Dek>> {
         let Some(keys) = self.keys else { return Ok(None) };
         let (copy, slot) = pair.authoritative()?;
-        let open = |s: &Slot| keys.kek(s.kek).and_then(|k| unwrap_slot(&k, s));
+        let open = |s: &Slot| keys.kek_to_move(s.kek).and_then(|k| unwrap_slot(&k, s));
         let first = open(slot);
         let second = match pair.get(copy.other()) {
             Ok(o) if o != slot && o.file == slot.file => Some(open(o)),

@@ -173,14 +173,21 @@ fn keyring_vector(v: &Value) -> Result<Value, Damage> {
         let state = serde_json::to_value(k.state).unwrap();
         json!({ "id": KekId::to_string(&k.id), "state": state, "key": key })
     };
-    Ok(json!({
+    let mut found = json!({
         "store": k.store.to_string(),
         "generation": k.generation,
         "plaintext_names": k.plaintext_names(),
         "roots": k.roots.iter().map(|r| r.uri.as_str()).collect::<Vec<_>>(),
         "secret": hex(secret.expose()),
         "keks": k.keks.iter().map(kek).collect::<Vec<_>>(),
-    }))
+    });
+    if !k.life.is_empty() {
+        let below: Vec<String> = k.keks.iter().filter(|r| k.is_below_floor(r.id)).map(|r| r.id.to_string()).collect();
+        let schedules: serde_json::Map<String, Value> =
+            k.life.schedules.iter().map(|s| (s.kek.to_string(), serde_json::to_value(s).unwrap())).collect();
+        found["life"] = json!({ "quorum": k.life.quorum, "below_floor": below, "schedules": schedules });
+    }
+    Ok(found)
 }
 
 fn passphrase_vector(v: &Value) -> Outcome {

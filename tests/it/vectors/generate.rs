@@ -10,6 +10,7 @@ use envelopefs::format::geometry::{self, STATE};
 use envelopefs::format::header::Slot;
 use envelopefs::format::ids::{DirId, FileId, KekId, RootKeyId, StoreId};
 use envelopefs::format::keyring::{KekKind, KekRecord, KekState, Keyring, RootKeyRecord, Wrap};
+use envelopefs::format::lifecycle::{LifeCycle, Schedule};
 use envelopefs::format::links::Reference;
 use envelopefs::format::names::{Encoded, NameKeys};
 use envelopefs::format::state::{self, CLEAN, Entry, FileState, SPARSE, SegmentState, TRUNCATING};
@@ -568,6 +569,7 @@ fn keyring(keks: Vec<KekRecord>) -> Keyring {
         roots: vec![RootKeyRecord { id: ROOT_ID, uri: "keyfile:/etc/envelopefs/key".to_owned() }],
         secret: vec![Wrap { root: ROOT_ID, bytes: wrap_by_root(KeyPurpose::StoreSecret, STORE.0, &SECRET) }],
         keks,
+        life: LifeCycle::default(),
     }
 }
 
@@ -601,6 +603,19 @@ fn keyring_vectors() -> Vec<Value> {
     let destroyed = keyring(vec![kek_record(&KEK1, KekState::Destroyed), kek_record(&KEK2, KekState::Active)]);
     let mut plain = keyring(vec![kek_record(&KEK1, KekState::Active)]);
     plain.incompat = 1;
+    let mut ending = rotated.clone();
+    let schedule =
+        Schedule { kek: KEK1.0, confirmed: 2, scheduled: 1_700_000_100, due: 1_700_604_900, announced: 0, used: 0 };
+    ending.life = LifeCycle { quorum: 2, floor: Some(KEK2.0), schedules: vec![schedule] };
+    let mut expect_ending = expect(false, json!([shown(&KEK1, "retired"), shown(&KEK2, "active")]));
+    expect_ending["life"] = json!({
+        "quorum": 2,
+        "below_floor": [KEK1.0.to_string()],
+        "schedules": { KEK1.0.to_string(): serde_json::to_value(schedule).unwrap() },
+    });
+    let ending = encode(&ending);
+    let life_at = ending.len() - 36 - 56 - 24;
+    let unfit = |change: &dyn Fn(&mut Vec<u8>)| inputs(&resigned(&ending, change));
     let gone = json!({ "id": KEK1.0.to_string(), "state": "destroyed", "key": null });
     let kek_at = 48 + 2 + 16 + 2 + 27 + 2 + 16 + 2 + 60 + 4;
     assert_eq!(one[kek_at..kek_at + 16], KEK1.0.0, "the layout of FORMAT.md section 4.2");
@@ -614,12 +629,31 @@ fn keyring_vectors() -> Vec<Value> {
         ),
         good("old KEK destroyed", inputs(&encode(&destroyed)), expect(false, json!([gone, shown(&KEK2, "active")]))),
         good("plaintext names", inputs(&encode(&plain)), expect(true, json!([shown(&KEK1, "active")]))),
+        good("a quorum, a floor, and a KEK to be destroyed", inputs(&ending), expect_ending),
         bad("empty", inputs(b""), "keyring-unreadable"),
         bad("magic changed", unsound(&|b| b[0] ^= 1), "keyring-unreadable"),
         bad("checksum wrong", inputs(&flipped(&one, one.len() - 1)), "keyring-unreadable"),
         bad("cut short", inputs(&one[..one.len() - 1]), "keyring-unreadable"),
         bad("version 2", unsound(&|b| b[8] = 2), "unsupported-version"),
-        bad("unknown incompatible flag", unsound(&|b| b[12] = 2), "unsupported-feature"),
+        bad("unknown incompatible flag", unsound(&|b| b[12] = 4), "unsupported-feature"),
+        bad("flag of a life-cycle section that is not there", unsound(&|b| b[12] = 2), "keyring-unreadable"),
+        bad("life-cycle section without its flag", unfit(&|b| b[12] = 0), "keyring-unreadable"),
+        bad("quorum of 1", unfit(&|b| b[life_at] = 1), "keyring-unreadable"),
+        bad("floor that is no KEK", unfit(&|b| b[life_at + 4] ^= 1), "keyring-unreadable"),
+        bad(
+            "schedule of the active KEK",
+            unfit(&|b| b[life_at + 24..life_at + 40].copy_from_slice(&KEK2.0.0)),
+            "keyring-unreadable",
+        ),
+        bad("due before it was scheduled", unfit(&|b| b[life_at + 56..life_at + 64].fill(0)), "keyring-unreadable"),
+        bad(
+            "life-cycle section that says nothing",
+            unsound(&|b| {
+                b[12] = 2;
+                b.extend_from_slice(&[0; 24]);
+            }),
+            "keyring-unreadable",
+        ),
         bad("reserved bytes 10", unsound(&|b| b[10] = 1), "keyring-unreadable"),
         bad("reserved bytes 20", unsound(&|b| b[20] = 1), "keyring-unreadable"),
         bad("generation 0", unsound(&|b| b[40..48].fill(0)), "keyring-unreadable"),

@@ -28,7 +28,7 @@ pub enum Command {
     Status(StatusArgs),
     /// Re-wrap every file's key under a new KEK, mounted or not
     Rotate(RotateArgs),
-    /// List, add, remove and refresh root keys; destroy KEKs; export and import the keyring; check reports
+    /// List, add, remove and refresh root keys; destroy KEKs and close them for trial; export and import the keyring; check reports
     #[command(subcommand)]
     Key(KeyCommand),
     /// Look for damage
@@ -106,6 +106,17 @@ pub struct OpenKeys {
     pub recovery: RecoveryArgs,
     #[command(flatten)]
     pub access: AccessArgs,
+}
+
+/// Who agrees to what cannot be undone, in a store that asks for more than one (`key policy --quorum`).
+#[derive(Debug, Args, Default, Clone)]
+pub struct ConfirmArgs {
+    /// Another root key of the store that confirms this, besides the one that opens the store; repeat for several
+    #[arg(long, value_name = "URI")]
+    pub confirm: Vec<String>,
+    /// Read the passphrase of a passphrase: root key after --confirm from FILE; without: as the one that opens the store
+    #[arg(long, value_name = "FILE", requires = "confirm")]
+    pub confirm_passphrase_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -329,6 +340,8 @@ pub enum KeyCommand {
         #[arg(long, value_name = "FILE")]
         new_passphrase_file: Option<PathBuf>,
         #[command(flatten)]
+        confirm: ConfirmArgs,
+        #[command(flatten)]
         open: OpenKeys,
     },
     /// Remove a root key; the last one that is no recovery key cannot be removed
@@ -356,7 +369,7 @@ pub enum KeyCommand {
         #[command(flatten)]
         open: OpenKeys,
     },
-    /// Destroy a retired KEK for good, after a scan of every header has proved that none names it
+    /// Destroy a retired KEK for good, now or after a while, once a scan of every header has proved that none names it
     Destroy {
         /// Mount point or backing directory
         #[arg(value_name = "MOUNTPOINT|BACKING")]
@@ -364,9 +377,50 @@ pub enum KeyCommand {
         /// Id of the KEK as `key list` shows it
         #[arg(value_name = "KEK")]
         kek: String,
+        /// Not now, but after AGE, such as 7d, 12h or 30m: by the daemon if the store is mounted then, else by the next key destroy
+        #[arg(long, value_name = "AGE", value_parser = age)]
+        after: Option<u64>,
+        /// Take it back that the KEK is to be destroyed after a while
+        #[arg(long, conflicts_with = "after")]
+        cancel: bool,
         /// Do not ask
         #[arg(long)]
         yes: bool,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        confirm: ConfirmArgs,
+        #[command(flatten)]
+        open: OpenKeys,
+    },
+    /// Show or set how many different root keys must confirm that KEKs are destroyed and root keys added
+    Policy {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// From now on N; as many must confirm this as before and as will be
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+        quorum: Option<u8>,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        confirm: ConfirmArgs,
+        #[command(flatten)]
+        open: OpenKeys,
+    },
+    /// Show or move the oldest KEK under which files are opened: those below are there and refused, as if destroyed
+    Floor {
+        /// Mount point or backing directory
+        #[arg(value_name = "MOUNTPOINT|BACKING")]
+        target: PathBuf,
+        /// Id of the KEK as `key list` shows it; none: files are opened under any
+        #[arg(value_name = "KEK|none")]
+        kek: Option<String>,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         open: OpenKeys,
     },
@@ -380,6 +434,9 @@ pub enum KeyCommand {
         /// Replace FILE if it is there
         #[arg(long)]
         force: bool,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
     },
     /// Put an exported keyring back into a store whose own is lost or damaged
     Import {
@@ -390,6 +447,9 @@ pub enum KeyCommand {
         /// Also over a whole keyring that is newer, or another's
         #[arg(long)]
         force: bool,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         open: OpenKeys,
     },

@@ -1,14 +1,15 @@
-//! `key destroy`: one retired KEK gone for good, through the daemon if the store is mounted.
+//! `key destroy`: one retired KEK gone for good, now or after a while, through the daemon if the store is mounted.
 
-use super::args::OpenKeys;
+use super::args::{ConfirmArgs, OpenKeys};
 use super::key::opened;
 use super::place::Place;
 use super::progress::Meter;
-use super::{output, rotate};
+use super::{confirm, output, rotate};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::protocol::{Reply, Request};
 use crate::format::ids::KekId;
-use crate::rotation::{Control, Destroyed};
+use crate::format::time::rfc3339_seconds;
+use crate::rotation::{Control, Destruction, Fate, When};
 use crate::store::keys::{kept, may_destroy};
 use crate::store::{Store, StoreOptions};
 use std::io::{IsTerminal, Write};
@@ -17,70 +18,94 @@ use std::sync::Arc;
 /// Digits of the id that are typed to confirm.
 const TYPED: usize = 8;
 
-/// Destroys the KEK `which` if a scan proves that no header names it.
+/// What `key destroy` is asked for.
+pub struct Wish<'a> {
+    pub which: &'a str,
+    pub when: When,
+    /// Do not ask on the terminal.
+    pub yes: bool,
+    pub json: bool,
+    pub confirm: &'a ConfirmArgs,
+}
+
+/// Destroys a KEK if a scan proves that no header names it, or schedules that, or takes it back.
 ///
 /// # Errors
 /// [`FaultKind::Usage`] if nobody can be asked and it was not confirmed; why the KEK must stay; [`FaultKind::Locked`];
 /// root keys; the store's.
-pub fn destroy(place: &Place, which: &str, yes: bool, old: &OpenKeys) -> Result<(), Fault> {
+pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
-    let known = which.parse::<KekId>().ok().filter(|id| place.keyring.kek(*id).is_some());
-    let Some(id) = known else {
-        let text = format!("{which} is not a KEK of {}; key list shows their ids", place.backing.display());
-        return Err(Fault::new(FaultKind::Other, text));
-    };
+    let (id, when) = (place.kek(wish.which)?, wish.when);
     // Not verified yet: what would be refused anyway should not be asked about first.
     may_destroy(&place.keyring, id).map_err(|e| fail(&e))?;
     let connection = place.connect()?;
-    if !yes {
-        confirm(id)?;
+    // What was scheduled was confirmed then.
+    if !wish.yes && when != When::Never && place.keyring.life.schedule(id).is_none() {
+        ask(id, when)?;
     }
-    let meter = Meter::new(false);
-    let destroyed = match connection {
-        Some(c) => match c.ask(&Request::KekDestroy { id: id.to_string() }, |s| rotate::show(&meter, s))? {
-            Reply::Destroyed(d) => d,
-            _ => return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
-        },
+    let meter = Meter::new(wish.json);
+    let ended = match connection {
+        Some(c) => {
+            let confirm = confirm::for_daemon(wish.confirm, old)?;
+            let request = Request::KekDestroy { id: id.to_string(), when, confirm };
+            match c.ask(&request, |s| rotate::show(&meter, s))? {
+                Reply::Destruction(d) => d,
+                _ => return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
+            }
+        }
         None => {
             let (_lock, observed, keys) = opened(place, old)?;
+            let confirmed = confirm::here(wish.confirm, old, place, &observed, &keys)?;
             let b = crate::daemon::open::backing(&place.backing)?;
             let store = Store::open(b, keys, StoreOptions::default()).map_err(|e| fail(&e))?;
             let control = Arc::new(Control::new());
             let at_signal = control.clone();
             rotate::on_signal(move || at_signal.cancel())?;
-            let ended = crate::daemon::rotate::destroy_offline(&store, id, &rotate::Shown(&meter), &control);
+            let shown = rotate::Shown(&meter);
+            let ended = crate::daemon::rotate::destroy_offline(&store, id, when, &confirmed, &shown, &control);
             let closed = store.close();
             observed.end();
-            let destroyed = ended.map_err(|e| fail(&e))?;
+            let ended = ended.map_err(|e| fail(&e))?;
             closed.map_err(|e| fail(&e))?;
-            destroyed
+            ended
         }
     };
     meter.end();
-    for name in kept(&place.posix).unwrap_or_default() {
-        eprintln!("envelopefs: the replaced keyring .envelopefs/{name} may still hold KEK {id}: remove it");
+    if matches!(ended.outcome, Fate::Destroyed | Fate::AlreadyDestroyed) {
+        for name in kept(&place.posix).unwrap_or_default() {
+            eprintln!("envelopefs: the replaced keyring .envelopefs/{name} may still hold KEK {id}: remove it");
+        }
     }
-    output::print(&text(&destroyed))
+    if wish.json { output::print_json(&ended) } else { output::print(&text(&ended)) }
 }
 
-fn text(d: &Destroyed) -> String {
-    match d.proof {
-        Some(c) => {
-            let headers = c.scanned - (c.empty + c.vanished).min(c.scanned);
-            format!("destroyed KEK {}: {headers} headers looked at, none names it\n", d.kek)
+fn text(d: &Destruction) -> String {
+    let (id, when) = (d.kek, rfc3339_seconds(d.not_before));
+    match d.outcome {
+        Fate::Destroyed => {
+            let headers = d.proof.map_or(0, |c| c.scanned - (c.empty + c.vanished).min(c.scanned));
+            format!("destroyed KEK {id}: {headers} headers looked at, none names it\n")
         }
-        None => format!("KEK {} was destroyed already\n", d.kek),
+        Fate::AlreadyDestroyed => format!("KEK {id} was destroyed already\n"),
+        Fate::Scheduled => format!(
+            "KEK {id} is to be destroyed, not before {when}: by the daemon if the store is mounted then, else by key destroy; \
+             --cancel takes that back\n"
+        ),
+        Fate::Waiting => format!("KEK {id} was NOT destroyed: it is to be, but not before {when}\n"),
+        Fate::Cancelled => format!("KEK {id} stays: it is not to be destroyed any more\n"),
+        Fate::NotScheduled => format!("KEK {id} was not to be destroyed; nothing was done\n"),
     }
 }
 
 /// Asks on the terminal.
-fn confirm(id: KekId) -> Result<(), Fault> {
+fn ask(id: KekId, when: When) -> Result<(), Fault> {
     if !(std::io::stdin().is_terminal() && std::io::stderr().is_terminal()) {
         return Err(Fault::new(FaultKind::Usage, "there is no terminal to confirm on: give --yes to destroy the KEK"));
     }
     let digits: String = id.to_string().chars().take(TYPED).collect();
+    let wait = if when == When::Now { "" } else { "When the time has come, it goes without another question. " };
     eprint!(
-        "Destroying KEK {id} cannot be undone. Backups of files from the time when it was in use will not open any\n\
+        "Destroying KEK {id} cannot be undone. {wait}Backups of files from the time when it was in use will not open any\n\
          more, unless with a copy of the keyring from before.\n\
          To destroy it, type the first {TYPED} digits of its id: "
     );

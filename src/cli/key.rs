@@ -1,9 +1,9 @@
 //! `key`: root keys of the keyring, through the daemon if the store is mounted.
 
-use super::args::{AccessArgs, KeyCommand, OpenKeys};
+use super::args::{AccessArgs, ConfirmArgs, KeyCommand, OpenKeys};
 use super::config::Config;
 use super::place::Place;
-use super::{audit, kek, key_list, keyring, output, recovery, report, root_keys};
+use super::{audit, confirm, kek, key_list, keyring, output, policy, recovery, report, root_keys};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
@@ -11,6 +11,7 @@ use crate::daemon::open;
 use crate::daemon::protocol::{RefreshReport, Reply, Request, RootRefresh};
 use crate::format::ids::RootKeyId;
 use crate::kms::{self, ConnectOptions, KeyProvider, guard};
+use crate::rotation::When;
 use crate::store::StoreError;
 use crate::store::keys::Keys;
 use std::path::Path;
@@ -24,22 +25,36 @@ pub fn run(c: &KeyCommand) -> Result<(), Fault> {
     match c {
         KeyCommand::List { target, count, json, open } => key_list::run(target, *count, *json, open),
         KeyCommand::VerifyReport { file, target, json, open } => report::verify(file, target.as_deref(), *json, open),
-        KeyCommand::Add { target, uri, key, new_passphrase_file, open } => {
+        KeyCommand::Add { target, uri, key, new_passphrase_file, confirm, open } => {
             // clap sees to it that there is exactly one of them.
             let uri = uri.as_deref().or(key.as_deref()).unwrap_or_default();
-            add(&Place::find(target)?, uri, new_passphrase_file.as_deref(), open)
+            add(&Place::find(target)?, uri, new_passphrase_file.as_deref(), confirm, open)
         }
         KeyCommand::Remove { target, which, open } => remove(&Place::find(target)?, which, open),
         KeyCommand::Refresh { target, dry_run, json, open } => refresh(&Place::find(target)?, *dry_run, *json, open),
-        KeyCommand::Destroy { target, kek: id, yes, open } => kek::destroy(&Place::find(target)?, id, *yes, open),
-        KeyCommand::Export { target, file, force } => keyring::export(&Place::find(target)?, file, *force),
-        KeyCommand::Import { backing, file, force, open } => keyring::import(backing, file, *force, open),
+        KeyCommand::Destroy { target, kek: which, after, cancel, yes, json, confirm, open } => {
+            let when = match (after, cancel) {
+                (_, true) => When::Never,
+                (Some(seconds), _) => When::After(*seconds),
+                (None, false) => When::Now,
+            };
+            let wish = kek::Wish { which, when, yes: *yes, json: *json, confirm };
+            kek::destroy(&Place::find(target)?, &wish, open)
+        }
+        KeyCommand::Policy { target, quorum, json, confirm, open } => {
+            policy::policy(&Place::find(target)?, *quorum, *json, confirm, open)
+        }
+        KeyCommand::Floor { target, kek, json, open } => {
+            policy::floor(&Place::find(target)?, kek.as_deref(), *json, open)
+        }
+        KeyCommand::Export { target, file, force, json } => keyring::export(&Place::find(target)?, file, *force, *json),
+        KeyCommand::Import { backing, file, force, json, open } => keyring::import(backing, file, *force, *json, open),
     }
 }
 
-fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys) -> Result<(), Fault> {
+fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, c: &ConfirmArgs, old: &OpenKeys) -> Result<(), Fault> {
     if uri == "recovery:" {
-        return add_recovery(place, old);
+        return add_recovery(place, c, old);
     }
     let uris = open::parse(&[uri.to_string()])?;
     let new = root_keys::new_passphrase(
@@ -51,15 +66,18 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys)
         },
     );
     let made: String = uris.iter().map(root_keys::made).collect();
-    if let Some(c) = place.connect()? {
+    if let Some(daemon) = place.connect()? {
         let passphrase = root_keys::passphrase_for(&uris, &new)?;
-        c.ask(&Request::KeyAdd { uri: root_keys::for_daemon(uri, &new)?, passphrase }, |_| {})?;
+        let confirm = confirm::for_daemon(c, old)?;
+        daemon.ask(&Request::KeyAdd { uri: root_keys::for_daemon(uri, &new)?, passphrase, confirm }, |_| {})?;
     } else {
         let (_lock, observed, keys) = opened(place, old)?;
+        let confirmed = confirm::here(c, old, place, &observed, &keys)?;
         for u in &uris {
             let connect = observed.connect(&root_keys::connect_options(&new)?);
             let provider = kms::connect(u, &connect, true).map_err(|e| Fault::kms(&u.to_string(), &e))?;
-            keys.add_root_key(&place.posix, &provider).map_err(|e| Fault::store(&place.backing, &e))?;
+            let added = keys.add_root_key(&place.posix, &provider, &confirmed);
+            added.map_err(|e| Fault::store(&place.backing, &e))?;
         }
     }
     output::print(&format!("{made}added root key {uri}\n"))
@@ -67,13 +85,14 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, old: &OpenKeys)
 
 /// A new recovery key. Its secret stays in this process: a daemon gets the public key. It is shown when it is proved to
 /// open the store, and taken out again if it cannot be shown.
-fn add_recovery(place: &Place, old: &OpenKeys) -> Result<(), Fault> {
+fn add_recovery(place: &Place, c: &ConfirmArgs, old: &OpenKeys) -> Result<(), Fault> {
     let (key, text) = recovery::new()?;
     let parsed = key.uri().clone();
     let uri = parsed.to_string();
     let key: Arc<dyn KeyProvider> = key;
-    if let Some(c) = place.connect()? {
-        c.ask(&Request::KeyAdd { uri: uri.clone(), passphrase: None }, |_| {})?;
+    if let Some(daemon) = place.connect()? {
+        let confirm = confirm::for_daemon(c, old)?;
+        daemon.ask(&Request::KeyAdd { uri: uri.clone(), passphrase: None, confirm }, |_| {})?;
         let shown = recovery::prove(&place.posix, &key)
             .and_then(|()| output::print(&format!("added root key {uri}\n")))
             .and_then(|()| recovery::show(&text));
@@ -83,9 +102,10 @@ fn add_recovery(place: &Place, old: &OpenKeys) -> Result<(), Fault> {
         });
     }
     let (_lock, observed, keys) = opened(place, old)?;
+    let confirmed = confirm::here(c, old, place, &observed, &keys)?;
     let fail = |e: StoreError| Fault::store(&place.backing, &e);
     let key = guard::around(key, &parsed, &observed.connect(&ConnectOptions::default()));
-    let id = keys.add_root_key(&place.posix, &key).map_err(fail)?;
+    let id = keys.add_root_key(&place.posix, &key, &confirmed).map_err(fail)?;
     output::print(&format!("added root key {uri}\n"))
         .and_then(|()| recovery::show(&text))
         .map_err(|f| recovery::not_shown(&f, keys.remove_root_key(&place.posix, id).map_err(fail)))

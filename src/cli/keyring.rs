@@ -9,22 +9,44 @@ use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
 use crate::daemon::open;
 use crate::format::damage::Damage;
+use crate::format::ids::StoreId;
 use crate::format::keyring::{KEYRING_MAX, Keyring};
 use crate::kms::ConnectOptions;
 use crate::kms::event::StoreChange;
 use crate::store::keys::{FOLDER, Keys};
 use rustix::fs::RenameFlags;
+use serde::Serialize;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+/// `key export --json`. Stable.
+#[derive(Debug, Serialize)]
+struct Export {
+    store: StoreId,
+    generation: u64,
+    file: String,
+}
+
+/// `key import --json`. Stable.
+#[derive(Debug, Serialize)]
+struct Import {
+    store: StoreId,
+    /// Generation of the copy.
+    imported: u64,
+    /// Generation of the keyring that it is now.
+    generation: u64,
+    /// What was there before, by names in the backing directory.
+    kept: Vec<String>,
+}
 
 /// Writes a copy of the keyring to `file`.
 ///
 /// # Errors
 /// [`FaultKind::Usage`] if `file` would lie in the store; [`FaultKind::NotEmpty`] if it is there and `force` is not
 /// given; the keyring's and the kernel's.
-pub fn export(place: &Place, file: &Path, force: bool) -> Result<(), Fault> {
+pub fn export(place: &Place, file: &Path, force: bool, json: bool) -> Result<(), Fault> {
     let dir = parent(file)?;
     let inside = [Some(&place.backing), place.mount.as_ref().map(|m| &m.mountpoint)];
     if inside.into_iter().flatten().any(|own| dir.starts_with(fs::canonicalize(own).unwrap_or_else(|_| own.clone()))) {
@@ -37,6 +59,10 @@ pub fn export(place: &Place, file: &Path, force: bool) -> Result<(), Fault> {
     }
     write(&dir, file, &copy.bytes, force)?;
     let ring = copy.keyring;
+    if json {
+        let file = file.display().to_string();
+        return output::print_json(&Export { store: ring.store, generation: ring.generation, file });
+    }
     output::print(&format!(
         "wrote the keyring of store {}, generation {}, to {}\n",
         ring.store,
@@ -92,7 +118,7 @@ fn rename_to_new(from: &Path, to: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// [`FaultKind::Locked`] if the store is mounted; root keys; why it was refused; the store's.
-pub fn import(backing: &Path, file: &Path, force: bool, old: &OpenKeys) -> Result<(), Fault> {
+pub fn import(backing: &Path, file: &Path, force: bool, json: bool, old: &OpenKeys) -> Result<(), Fault> {
     let bytes = read(file)?;
     let ring = Keyring::decode(&bytes)
         .map_err(|d| match d {
@@ -119,12 +145,18 @@ pub fn import(backing: &Path, file: &Path, force: bool, old: &OpenKeys) -> Resul
     observed.tell(StoreChange::KeyringImport, &format!("generation {} from {}", done.generation, file.display()));
     observed.end();
     let now = done.keys.snapshot();
+    let kept: Vec<String> =
+        done.kept.iter().map(|name| format!("{}/{name}", String::from_utf8_lossy(FOLDER))).collect();
+    if json {
+        let (store, generation) = (now.store, now.generation);
+        return output::print_json(&Import { store, imported: done.generation, generation, kept });
+    }
     let mut text = format!(
         "imported the keyring of store {}, generation {}, as generation {}\n",
         now.store, done.generation, now.generation
     );
-    for name in &done.kept {
-        text += &format!("kept what was there as {}/{name}\n", String::from_utf8_lossy(FOLDER));
+    for name in &kept {
+        text += &format!("kept what was there as {name}\n");
     }
     output::print(&text)?;
     eprintln!("envelopefs: look whether every file opens with it: envelopefs check {shown}");

@@ -5,6 +5,7 @@ use crate::daemon::client::Connection;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::{mounts, open, process};
+use crate::format::ids::KekId;
 use crate::format::keyring::Keyring;
 use std::path::{Path, PathBuf};
 
@@ -44,6 +45,17 @@ impl Place {
         let posix = open::backing(&backing)?;
         let keyring = open::keyring(&posix)?;
         Ok(Self { backing, mount, posix, keyring })
+    }
+
+    /// The KEK of the store that `which` is the id of.
+    ///
+    /// # Errors
+    /// [`FaultKind::Other`] if it is none.
+    pub fn kek(&self, which: &str) -> Result<KekId, Fault> {
+        which.parse::<KekId>().ok().filter(|id| self.keyring.kek(*id).is_some()).ok_or_else(|| {
+            let text = format!("{which} is not a KEK of {}; key list shows their ids", self.backing.display());
+            Fault::new(FaultKind::Other, text)
+        })
     }
 
     /// A connection to the daemon that has the store mounted; `None` if nobody has the store.

@@ -7,8 +7,8 @@ use super::metrics::source::Source;
 use super::observed::Observed;
 use super::open;
 use super::protocol::{
-    AuditHead, CacheStatus, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request, RotateRequest,
-    SealToCheck, Sealed,
+    AuditHead, CacheStatus, Confirming, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request,
+    RotateRequest, SealToCheck, Sealed,
 };
 use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
@@ -19,7 +19,9 @@ use crate::kms::guard;
 use crate::kms::recovery::RecoveryKey;
 use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, passphrase};
-use crate::rotation::{self, Destroyed};
+use crate::rotation::{self, Destruction, When};
+use crate::store::keys::Confirmation;
+use crate::store::shared::Shared;
 use crate::store::{Store, StoreError};
 use parking_lot::Mutex;
 use std::io;
@@ -53,14 +55,20 @@ impl Handler for Control {
             Request::RotatePause => self.job.steer(rotation::Control::pause).map(|()| Reply::Done),
             Request::RotateResume => self.job.steer(rotation::Control::resume).map(|()| Reply::Done),
             Request::RotateCancel => self.job.steer(rotation::Control::cancel).map(|()| Reply::Done),
-            Request::KeyAdd { uri, passphrase } => self.key_add(&uri, passphrase.as_ref()).map(|()| Reply::Done),
+            Request::KeyAdd { uri, passphrase, confirm } => {
+                self.key_add(&uri, passphrase.as_ref(), &confirm).map(|()| Reply::Done)
+            }
+            Request::KeyPolicy { quorum, confirm } => self.key_policy(quorum, &confirm).map(|()| Reply::Done),
+            Request::KeyFloor { floor } => self.key_floor(floor.as_deref()).map(|()| Reply::Done),
             Request::Lock => self.lock().map(Reply::Keys),
             Request::Unlock { keys, passphrase, recovery } => {
                 self.unlock(&keys, passphrase.as_ref(), recovery.as_ref()).map(Reply::Keys)
             }
             Request::KeyRemove { id } => self.key_remove(&id).map(|()| Reply::Done),
             Request::KeyRefresh { dry_run } => self.key_refresh(dry_run).map(Reply::Refreshed),
-            Request::KekDestroy { id } => self.kek_destroy(&id, client).map(Reply::Destroyed),
+            Request::KekDestroy { id, when, confirm } => {
+                self.kek_destroy(&id, when, &confirm, client).map(Reply::Destruction)
+            }
             Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
             Request::AuditHead => Ok(Reply::AuditHead(self.audit_head())),
             Request::Seals { of, seals } => Ok(Reply::Seals(self.genuine(of, &seals))),
@@ -195,12 +203,41 @@ impl Control {
         self.store.shared().keys.connect_root(&key).map(drop).map_err(|e| Fault::store(&self.backing, &e))
     }
 
-    fn key_add(&self, uri: &str, passphrase: Option<&Hidden>) -> Result<(), Fault> {
+    /// Has root keys prove themselves for what cannot be undone.
+    fn confirmed(&self, c: &Confirming) -> Result<Confirmation, Fault> {
+        let connect = |u: &RootKeyUri| self.connect_to(u, c.passphrase.as_ref(), false);
+        let given = open::parse(&c.keys)?.iter().map(connect).collect::<Result<Vec<_>, _>>()?;
+        self.store.shared().keys.confirm(&given).map_err(|e| Fault::store(&self.backing, &e))
+    }
+
+    fn key_policy(&self, quorum: u8, confirm: &Confirming) -> Result<(), Fault> {
+        let confirmed = self.confirmed(confirm)?;
+        let shared = self.to_write()?;
+        shared.keys.set_quorum(&shared.backing, quorum, &confirmed).map_err(|e| Fault::store(&self.backing, &e))
+    }
+
+    fn key_floor(&self, floor: Option<&str>) -> Result<(), Fault> {
+        let floor = floor.map(kek_id).transpose()?;
+        let shared = self.to_write()?;
+        shared.keys.set_floor(&shared.backing, floor).map_err(|e| Fault::store(&self.backing, &e))?;
+        // A file that was closed a moment ago is not to be opened again with what is left of it.
+        self.store.forget_idle_keys();
+        Ok(())
+    }
+
+    /// The store, if it is mounted to be written.
+    fn to_write(&self) -> Result<&Shared<Posix>, Fault> {
+        let shared = self.store.shared();
+        if shared.read_only { Err(Fault::store(&self.backing, &StoreError::ReadOnly)) } else { Ok(shared) }
+    }
+
+    fn key_add(&self, uri: &str, passphrase: Option<&Hidden>, confirm: &Confirming) -> Result<(), Fault> {
+        let confirmed = self.confirmed(confirm)?;
         let uri = RootKeyUri::parse(uri).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
         let key = self.connect_to(&uri, passphrase, true)?;
         let shared = self.store.shared();
-        shared.keys.add_root_key(&shared.backing, &key).map_err(|e| Fault::store(&self.backing, &e))?;
-        Ok(())
+        let added = shared.keys.add_root_key(&shared.backing, &key, &confirmed);
+        added.map(drop).map_err(|e| Fault::store(&self.backing, &e))
     }
 
     fn key_remove(&self, id: &str) -> Result<(), Fault> {
@@ -210,13 +247,23 @@ impl Control {
     }
 
     /// The client hears how the scan gets on, and ends it by going away.
-    fn kek_destroy(&self, id: &str, client: &mut Client) -> Result<Destroyed, Fault> {
-        let id: KekId = id.parse().map_err(|e| Fault::new(FaultKind::Usage, format!("KEK id: {e}")))?;
-        self.job.alone(|control| {
-            let teller = Watched { client: Mutex::new(client), control };
-            super::rotate::destroy_mounted(&self.store, id, &teller, control)
+    fn kek_destroy(
+        &self,
+        id: &str,
+        when: When,
+        confirm: &Confirming,
+        client: &mut Client,
+    ) -> Result<Destruction, Fault> {
+        let (id, confirmed) = (kek_id(id)?, self.confirmed(confirm)?);
+        let end = |progress: &dyn rotation::Progress, control: &rotation::Control| {
+            super::rotate::destroy_mounted(&self.store, id, when, &confirmed, progress, control)
                 .map_err(|e| Fault::store(&self.backing, &e))
-        })
+        };
+        match when {
+            When::Now => self.job.alone(|control| end(&Watched { client: Mutex::new(client), control }, control)),
+            // No scan, and not to be kept waiting by one.
+            When::After(_) | When::Never => end(&(), &rotation::Control::new()),
+        }
     }
 
     fn key_refresh(&self, dry_run: bool) -> Result<RefreshReport, Fault> {
@@ -259,6 +306,10 @@ impl Control {
             restart: r.restart,
         })
     }
+}
+
+fn kek_id(id: &str) -> Result<KekId, Fault> {
+    id.parse().map_err(|e| Fault::new(FaultKind::Usage, format!("KEK id: {e}")))
 }
 
 /// Where a passphrase comes from that no request brought: nobody can be asked, even if the daemon has a terminal.

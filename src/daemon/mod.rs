@@ -5,6 +5,7 @@
 pub mod audit;
 pub mod client;
 pub mod control;
+mod endings;
 pub mod fault;
 pub mod job;
 pub mod keys;

@@ -7,7 +7,7 @@ use super::fault::Fault;
 use crate::crypto::seal::SealKey;
 use crate::crypto::secret::StoreSecret;
 use crate::format::keyring::KekKind;
-use crate::rotation::{Destroyed, Report, SealedReport, Status, sealed};
+use crate::rotation::{Destruction, Report, SealedReport, Status, When, sealed};
 use crate::store::keys::RefreshedRoot;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
@@ -40,6 +40,18 @@ pub enum Request {
         uri: String,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         passphrase: Option<Hidden>,
+        #[serde(default)]
+        confirm: Confirming,
+    },
+    /// Set how many root keys must confirm what cannot be undone.
+    KeyPolicy {
+        quorum: u8,
+        #[serde(default)]
+        confirm: Confirming,
+    },
+    /// Open no file under a KEK older than the one with this id; `None`: under any.
+    KeyFloor {
+        floor: Option<String>,
     },
     /// Drop every key now.
     Lock,
@@ -64,9 +76,12 @@ pub enum Request {
         /// Look only.
         dry_run: bool,
     },
-    /// Prove that no header needs the KEK with this id, and destroy it.
+    /// Prove that no header needs the KEK with this id, and destroy it; or schedule that, or take it back.
     KekDestroy {
         id: String,
+        when: When,
+        #[serde(default)]
+        confirm: Confirming,
     },
     /// Figures for monitoring, as Prometheus text.
     Metrics,
@@ -77,6 +92,16 @@ pub enum Request {
         of: Sealed,
         seals: Vec<SealToCheck>,
     },
+}
+
+/// Root keys that confirm what cannot be undone, besides the one the daemon opened the store with.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confirming {
+    pub keys: Vec<String>,
+    /// Passphrase of a `passphrase:` root key among them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passphrase: Option<Hidden>,
 }
 
 /// What is sealed with a key of its own.
@@ -217,8 +242,8 @@ pub enum Reply {
     Progress(Box<Status>),
     /// The rotation's report, or its present state.
     Rotation(Box<RotationState>),
-    /// The KEK is destroyed.
-    Destroyed(Destroyed),
+    /// What became of the KEK.
+    Destruction(Destruction),
     /// What became of each root key.
     Refreshed(RefreshReport),
     Metrics(String),
@@ -459,10 +484,21 @@ mod tests {
                 rate: NonZeroU32::new(5),
                 ..Default::default()
             }),
-            Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("p w".into())) },
+            Request::KeyAdd {
+                uri: "passphrase:".into(),
+                passphrase: Some(Hidden::new("p w".into())),
+                confirm: Confirming::default(),
+            },
             Request::KeyRemove { id: "ab".into() },
             Request::KeyRefresh { dry_run: true },
-            Request::KekDestroy { id: "ab".into() },
+            Request::KekDestroy {
+                id: "ab".into(),
+                when: When::After(7),
+                confirm: Confirming { keys: vec!["keyfile:/k".into()], passphrase: None },
+            },
+            Request::KekDestroy { id: "ab".into(), when: When::Now, confirm: Confirming::default() },
+            Request::KeyPolicy { quorum: 2, confirm: Confirming::default() },
+            Request::KeyFloor { floor: None },
             Request::Seals { of: Sealed::AuditLog, seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
             Request::Lock,
             Request::Unlock {
@@ -557,7 +593,9 @@ mod tests {
 
     #[test]
     fn a_passphrase_is_not_shown() {
-        let r = Request::KeyAdd { uri: "passphrase:".into(), passphrase: Some(Hidden::new("hunter2".into())) };
+        let hidden = || Some(Hidden::new("hunter2".into()));
+        let confirm = Confirming { keys: Vec::new(), passphrase: hidden() };
+        let r = Request::KeyAdd { uri: "passphrase:".into(), passphrase: hidden(), confirm };
         assert!(!format!("{r:?}").contains("hunter2"));
     }
 }

@@ -4,8 +4,9 @@ use super::job::Job;
 use crate::backing::Backing;
 use crate::format::ids::KekId;
 use crate::rotation::{
-    self, Context, Control, Destroyed, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, sealed,
+    self, Context, Control, Destruction, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, When, sealed,
 };
+use crate::store::keys::Confirmation;
 use crate::store::{Result, Store};
 
 /// The mounted store knows what is renamed meanwhile.
@@ -47,16 +48,30 @@ pub fn seal<B: Backing>(store: &Store<B>, report: &Report) -> SealedReport {
 ///
 /// # Errors
 /// As [`rotation::destroy`].
-pub fn destroy_mounted<B: Backing>(s: &Store<B>, k: KekId, progress: &dyn Progress, c: &Control) -> Result<Destroyed> {
-    rotation::destroy(&Context { shared: s.shared(), moves: &Renamed(s) }, k, progress, c)
+pub fn destroy_mounted<B: Backing>(
+    s: &Store<B>,
+    kek: KekId,
+    when: When,
+    confirmed: &Confirmation,
+    progress: &dyn Progress,
+    c: &Control,
+) -> Result<Destruction> {
+    rotation::destroy(&Context { shared: s.shared(), moves: &Renamed(s) }, kek, when, confirmed, progress, c)
 }
 
 /// Destroys a KEK of an open store that nobody else uses; the caller holds the volume lock.
 ///
 /// # Errors
 /// As [`rotation::destroy`].
-pub fn destroy_offline<B: Backing>(s: &Store<B>, k: KekId, progress: &dyn Progress, c: &Control) -> Result<Destroyed> {
-    rotation::destroy(&Context { shared: s.shared(), moves: &NoMoves }, k, progress, c)
+pub fn destroy_offline<B: Backing>(
+    s: &Store<B>,
+    kek: KekId,
+    when: When,
+    confirmed: &Confirmation,
+    progress: &dyn Progress,
+    c: &Control,
+) -> Result<Destruction> {
+    rotation::destroy(&Context { shared: s.shared(), moves: &NoMoves }, kek, when, confirmed, progress, c)
 }
 
 /// Moves headers that old backups brought back to the active KEK, if there are any and no rotation is under way, which

@@ -1,6 +1,7 @@
 //! A mount from beginning to end, in the process that serves it.
 
 use super::control::Control;
+use super::endings::Endings;
 use super::fault::{Fault, FaultKind, plain};
 use super::job::Job;
 use super::keys::{KeyKeeper, KeyRules, Refresher};
@@ -132,6 +133,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
         .map_err(|e| Fault::new(FaultKind::Other, format!("cannot wait for signals: {}", plain(&e))))?;
     keeper.mounted(mounted.caches());
     let settling = Settling::start(store.clone(), job.clone());
+    let endings = Endings::start(store.clone(), job.clone(), plan.backing.clone());
     work_ahead(store.clone());
     let place = format!("{} at {}", plan.backing.display(), plan.mount.mountpoint.display());
     observed.tell(StoreChange::Mount, &place);
@@ -149,6 +151,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     job.stop();
     drop(refresher);
     keeper.end();
+    endings.stop();
     settling.stop();
     store.stop_working_ahead(CALLS_END_MAX);
     let closed = store.close();

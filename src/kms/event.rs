@@ -93,6 +93,12 @@ pub enum KekChange {
     Retired,
     /// A scan of every header proved that none names it, but for what [`Change::Waived`] told before.
     Unused,
+    /// It is to be destroyed after a while.
+    Scheduled,
+    /// The end of that while is near, or was found not to be.
+    Announced,
+    /// It is not to be destroyed after all.
+    Cancelled,
     /// Its wrapped bytes were removed from the keyring.
     Destroyed,
     /// It was pending, and was removed without having been used.
@@ -107,6 +113,9 @@ impl KekChange {
             Self::Activated => "activated",
             Self::Retired => "retired",
             Self::Unused => "unused",
+            Self::Scheduled => "scheduled",
+            Self::Announced => "announced",
+            Self::Cancelled => "cancelled",
             Self::Destroyed => "destroyed",
             Self::Discarded => "discarded",
         }
@@ -130,6 +139,10 @@ pub enum StoreChange {
     Online,
     /// A copy of the keyring was put back into the store.
     KeyringImport,
+    /// How many root keys must confirm what cannot be undone was changed.
+    Quorum,
+    /// Older KEKs were closed to opening files, or opened again.
+    Floor,
 }
 
 impl StoreChange {
@@ -144,6 +157,8 @@ impl StoreChange {
             Self::Offline => "offline",
             Self::Online => "online",
             Self::KeyringImport => "keyring-import",
+            Self::Quorum => "quorum",
+            Self::Floor => "floor",
         }
     }
 }

@@ -15,47 +15,109 @@ use crate::backing::Backing;
 use crate::format::damage::Damage;
 use crate::format::ids::KekId;
 use crate::format::keyring::KekState;
+use crate::format::lifecycle::Schedule;
+use crate::store::keys::{Confirmation, Ending};
 use crate::store::{Result, StoreError};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-/// A KEK that was destroyed.
+/// When a KEK is to be destroyed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Destroyed {
-    pub kek: KekId,
-    /// What the proof looked at; `None` if the KEK was destroyed already.
-    pub proof: Option<Counts>,
+#[serde(rename_all = "kebab-case")]
+pub enum When {
+    /// Now; one that is scheduled, if its time has come.
+    Now,
+    /// So many seconds from now, if nobody takes it back.
+    After(u64),
+    /// Not any more.
+    Never,
 }
 
-/// Scans every header, and destroys the retired KEK `kek` if none names it. What only it opens is lost then: old backups
-/// of files, unless there is a copy of the keyring from before. On one that is destroyed already, only makes sure that
-/// neither copy of the keyring holds its wrapped bytes.
+/// What became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fate {
+    Destroyed,
+    AlreadyDestroyed,
+    Scheduled,
+    /// It is scheduled, and the time has not come.
+    Waiting,
+    Cancelled,
+    /// There was nothing to cancel.
+    NotScheduled,
+}
+
+/// What came of [`destroy`]. `key destroy --json` is this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Destruction {
+    pub kek: KekId,
+    pub outcome: Fate,
+    /// What the proof looked at, if the KEK was destroyed now.
+    pub proof: Option<Counts>,
+    /// The earliest time at which it can be destroyed, in Unix seconds; 0 if it is not scheduled.
+    pub not_before: u64,
+    pub schedule: Option<Schedule>,
+}
+
+/// Destroys the retired KEK `kek`, after a scan that finds no header which names it; or schedules that, or takes that back.
+/// What only it opens is lost then: old backups of files, unless there is a copy of the keyring from before. On one that is
+/// destroyed already, only makes sure that neither copy of the keyring holds its wrapped bytes.
 ///
-/// No rotation may run meanwhile.
+/// A scheduled KEK whose time has come needs no more confirmation: it was confirmed when it was scheduled. Whoever takes
+/// the schedule back while the scan runs is heard.
+///
+/// No rotation may run meanwhile if `when` is [`When::Now`].
 ///
 /// # Errors
-/// [`StoreError::ReadOnly`]; [`StoreError::KeyState`] if the KEK is not retired, was not proved unused by a rotation, is
-/// named by a header, a file could not be looked at, or the scan was cancelled. Nothing was changed then.
+/// [`StoreError::ReadOnly`]; [`StoreError::KeyState`] if the KEK is not retired, was not proved unused by a rotation, more
+/// root keys must confirm it, it is named by a header, a file could not be looked at, or the scan was cancelled. Nothing was
+/// changed then.
 pub fn destroy<B: Backing>(
     ctx: &Context<'_, B>,
     kek: KekId,
+    when: When,
+    confirmed: &Confirmation,
     progress: &dyn Progress,
     control: &Control,
-) -> Result<Destroyed> {
+) -> Result<Destruction> {
     if ctx.shared.read_only {
         return Err(StoreError::ReadOnly);
     }
     let (keys, b) = (&ctx.shared.keys, &ctx.shared.backing);
-    keys.check_destroy(kek)?;
-    let state = keys.snapshot().kek(kek).map(|k| k.state);
-    let proof = match state {
-        Some(KekState::Destroyed) => None,
-        _ => Some(prove_unused(ctx, kek, progress, control)?),
+    let end = |outcome, proof, not_before| {
+        let schedule = keys.snapshot().life.schedule(kek).copied();
+        Ok(Destruction { kek, outcome, proof, not_before, schedule })
     };
-    keys.destroy(b, kek)?;
-    Ok(Destroyed { kek, proof })
+    match when {
+        When::After(seconds) => {
+            let s = keys.schedule_destroy(b, kek, seconds, confirmed)?;
+            return end(Fate::Scheduled, None, s.due);
+        }
+        When::Never if keys.cancel_destroy(b, kek)? => return end(Fate::Cancelled, None, 0),
+        When::Never => return end(Fate::NotScheduled, None, 0),
+        When::Now => {}
+    }
+    if keys.snapshot().kek(kek).is_some_and(|k| k.state == KekState::Destroyed) {
+        keys.destroy(b, kek, confirmed)?;
+        return end(Fate::AlreadyDestroyed, None, 0);
+    }
+    let proof = match keys.look_at_ending(b, kek)? {
+        Ending::NotBefore(t) => return end(Fate::Waiting, None, t),
+        Ending::Come => {
+            let proof = prove_unused(ctx, kek, progress, control)?;
+            keys.destroy_scheduled(b, kek)?;
+            proof
+        }
+        Ending::Unscheduled => {
+            keys.check_destroy(kek, confirmed)?;
+            let proof = prove_unused(ctx, kek, progress, control)?;
+            keys.destroy(b, kek, confirmed)?;
+            proof
+        }
+    };
+    end(Fate::Destroyed, Some(proof), 0)
 }
 
 /// Looks at every header, and counts.

@@ -59,7 +59,7 @@ mod verify;
 pub mod waive;
 
 pub use control::{Cancelled, Control};
-pub use destroy::{Destroyed, destroy};
+pub use destroy::{Destruction, Fate, When, destroy};
 pub use journal::last_noted;
 pub use moves::{Moved, Moves, NoMoves};
 pub use options::Options;

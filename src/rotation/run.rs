@@ -20,6 +20,7 @@ use crate::format::damage::Damage;
 use crate::format::ids::KekId;
 use crate::format::keyring::KekState;
 use crate::kms::event::Change;
+use crate::store::keys::Confirmation;
 use crate::store::shared::Shared;
 use crate::store::{Result, StoreError};
 use parking_lot::Mutex;
@@ -50,7 +51,8 @@ pub struct Context<'a, B: Backing> {
 /// file readable, and the next one goes on from there. One run at a time.
 ///
 /// # Errors
-/// [`StoreError::ReadOnly`]; those of staging and activating the new KEK, after which nothing has changed but perhaps
+/// [`StoreError::ReadOnly`]; [`StoreError::KeyState`] if old KEKs are to be destroyed and the store requires several root
+/// keys to confirm that; those of staging and activating the new KEK, after which nothing has changed but perhaps
 /// a pending KEK in the keyring; those of writing down what was waived, and of retiring and destroying the old ones.
 /// Failures with single files are no error but [`Outcome::Incomplete`], unless all of them are waived.
 pub fn run<B: Backing>(
@@ -61,6 +63,9 @@ pub fn run<B: Backing>(
 ) -> Result<Report> {
     if ctx.shared.read_only && !options.dry_run {
         return Err(StoreError::ReadOnly);
+    }
+    if options.destroy_old {
+        ctx.shared.keys.one_root_key_suffices()?;
     }
     let mut run = Run::new(ctx, options, progress, control);
     if options.dry_run {
@@ -427,10 +432,14 @@ impl<'a, B: Backing> Run<'a, B> {
             self.retired.push(id);
         }
         if self.options.destroy_old {
-            let (destroy, keep) = self.destructible(plan::in_state(&keys.snapshot(), KekState::Retired));
+            let ring = keys.snapshot();
+            // What is scheduled has a time of its own.
+            let mut retired = plan::in_state(&ring, KekState::Retired);
+            retired.retain(|id| ring.life.schedule(*id).is_none());
+            let (destroy, keep) = self.destructible(retired);
             self.kept = keep;
             for id in destroy {
-                keys.destroy(b, id)?;
+                keys.destroy(b, id, &Confirmation::default())?;
                 self.destroyed.push(id);
             }
         }

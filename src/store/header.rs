@@ -103,6 +103,7 @@ pub fn open_dek<B: Backing>(shared: &Shared<B>, pair: &SlotPair) -> Result<Opene
 fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<(Arc<Dek>, bool)> {
     check_store(shared, slot)?;
     if let Some(dek) = shared.deks.get(&slot.file) {
+        shared.keys.above_floor(slot.kek)?;
         slot.verify(&dek)?;
         return Ok((dek, false));
     }

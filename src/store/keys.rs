@@ -10,10 +10,13 @@
 pub mod authority;
 mod change;
 mod disk;
+mod ending;
+mod floor;
 mod gate;
 mod handle;
 mod lock;
 mod observe;
+mod quorum;
 mod ready;
 mod refresh;
 mod roots;
@@ -24,9 +27,11 @@ mod transfer;
 pub use crate::format::keyring::{KekKind, KekState};
 pub use change::may_destroy;
 pub use disk::{BadCopy, COPIES, FOLDER};
+pub use ending::{Ending, WAIT_MAX};
 pub use gate::{KeyStanding, KeyState, LockedBy, Phase};
 pub use handle::{KekHandle, WRAP_EXTERNAL, WRAP_SEALED};
 pub use observe::Watch;
+pub use quorum::Confirmation;
 pub(in crate::store) use ready::Making;
 pub use ready::{DekPool, PoolStats, Ready};
 pub use refresh::RefreshedRoot;
@@ -46,6 +51,7 @@ use crate::store::{Result, StoreError};
 use gate::Gate;
 use parking_lot::{Mutex, RwLock};
 use roots::{Connected, Object, Opened};
+use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -77,6 +83,8 @@ pub struct Keys {
     update: Mutex<()>,
     /// Held through a refresh.
     refreshing: Mutex<()>,
+    /// KEKs that are to be destroyed and under which a file was opened since. Taken after `state`, never before.
+    uses: Mutex<HashSet<KekId>>,
     gate: Arc<Gate>,
     damaged: Vec<BadCopy>,
     passed_over: Vec<PassedOver>,
@@ -268,6 +276,7 @@ impl Keys {
             state: RwLock::new(State { ring, opened, connected, spare }),
             update: Mutex::new(()),
             refreshing: Mutex::new(()),
+            uses: Mutex::default(),
             gate,
             damaged: Vec::new(),
             passed_over: Vec::new(),
@@ -378,11 +387,9 @@ impl Keys {
     /// # Errors
     /// As [`Keys::kek_to_move`]; [`Damage::KekBelowFloor`].
     pub fn kek(&self, id: KekId) -> Result<Arc<KekHandle>> {
-        match self.state.read().ring.is_below_floor(id) {
-            // What is worse is told first.
-            true => self.kek_to_move(id).and(Err(Damage::KekBelowFloor(id).into())),
-            false => self.kek_to_move(id),
-        }
+        let kek = self.kek_to_move(id)?;
+        self.above_floor(id)?;
+        Ok(kek)
     }
 
     /// The KEK `id`, active or retired, to unwrap with, wherever the floor is: for moving headers and for looking at them.

@@ -2,13 +2,23 @@
 
 use super::*;
 use crate::store::StoreError;
+use crate::store::keys::Confirmation;
 
-fn destroy<B: Backing>(store: &Arc<Store<B>>, kek: KekId) -> crate::store::Result<Destroyed> {
+fn ending<B: Backing>(
+    store: &Arc<Store<B>>,
+    kek: KekId,
+    when: When,
+    control: &Control,
+) -> crate::store::Result<Destruction> {
     let ctx = Context { shared: store.shared(), moves: &**store };
-    super::super::destroy(&ctx, kek, &(), &Control::new())
+    super::super::destroy(&ctx, kek, when, &Confirmation::default(), &(), control)
 }
 
-fn refused(r: crate::store::Result<Destroyed>) -> String {
+fn destroy<B: Backing>(store: &Arc<Store<B>>, kek: KekId) -> crate::store::Result<Destruction> {
+    ending(store, kek, When::Now, &Control::new())
+}
+
+fn refused(r: crate::store::Result<Destruction>) -> String {
     match r {
         Err(StoreError::KeyState(why)) => why,
         other => panic!("{other:?}"),
@@ -109,8 +119,7 @@ fn a_cancelled_scan_and_a_store_opened_read_only_destroy_nothing() {
     let store = open(disk.clone(), &root);
     let control = Control::new();
     control.cancel();
-    let ctx = Context { shared: store.shared(), moves: &*store };
-    assert!(refused(super::super::destroy(&ctx, old, &(), &control)).ends_with("the scan was cancelled"));
+    assert!(refused(ending(&store, old, When::Now, &control)).ends_with("the scan was cancelled"));
     let keys = Keys::open(&disk, &roots(&root)).unwrap();
     let store = Store::open(disk.clone(), keys, StoreOptions { read_only: true, ..StoreOptions::default() }).unwrap();
     assert!(matches!(destroy(&store, old), Err(StoreError::ReadOnly)));

@@ -308,7 +308,7 @@ fn an_interrupted_rewrap_and_a_file_under_a_destroyed_kek_are_told() {
     k.retire(&disk, before).unwrap();
     disk.write_raw(&small, 0, &old[..2048]).unwrap();
     assert!(codes(&check(&disk, Some(&root))).contains(&("kek-retired", Severity::Warning)));
-    k.destroy(&disk, before).unwrap();
+    k.destroy(&disk, before, &crate::store::keys::Confirmation::default()).unwrap();
     for report in [check(&disk, Some(&root)), check(&disk, None)] {
         assert!(codes(&report).contains(&("kek-destroyed", Severity::Damage)));
     }

@@ -81,7 +81,11 @@ impl<B: Backing> FileCore<B> {
                 }
                 Err(e) => return Err(e),
             };
-        if !self.shared.read_only && self.shared.keys.is_unused(slot.kek) {
+        let unused = self.shared.keys.is_unused(slot.kek);
+        if unused {
+            self.shared.keys.note_use(slot.kek);
+        }
+        if !self.shared.read_only && unused {
             tracing::info!(file = %slot.file, kek = %slot.kek, "an old backup's header, under a KEK thought to be unused");
             self.shared.restored.note(&self.node);
         }

@@ -3,7 +3,8 @@
 use super::gate::Phase;
 use super::roots::{self, Connected, Object};
 use super::{
-    COPIES, Keys, Proof, disk, encode, new_handle, now, pending, prove, refuse, refuse_recovery_beside_external,
+    COPIES, Confirmation, Keys, Proof, disk, encode, ending, new_handle, now, pending, prove, refuse,
+    refuse_recovery_beside_external,
 };
 use crate::backing::Backing;
 use crate::crypto::secret::Secret32;
@@ -43,6 +44,11 @@ impl Keys {
         } else {
             self.join(&mut ring, &live, root)?
         };
+        if !added.is_empty() && ring.life.required() > 1 {
+            return refuse(
+                "this store requires several root keys to confirm a new one: add it first (key add --confirm)",
+            );
+        }
         if targets.iter().all(|c| roots::is_recovery(&ring, c.id)) {
             return refuse("a KEK needs a root key besides the recovery key: name another one too");
         }
@@ -143,17 +149,31 @@ impl Keys {
     /// The file system below may keep the replaced copies' blocks (free space, snapshots, backups, journals).
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if `id` is not retired or was not proved unused (see [`Keys::retire`]).
-    pub fn destroy<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
+    /// As [`Keys::check_destroy`], and the backing directory's.
+    pub fn destroy<B: Backing>(&self, b: &B, id: KekId, confirmed: &Confirmation) -> Result<()> {
+        self.end(b, id, |ring| check_destroy(ring, id, confirmed))
+    }
+
+    /// As [`Keys::destroy`], because its schedule says so.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyState`] if it is not scheduled (any more), or the time has not come; the backing directory's.
+    pub fn destroy_scheduled<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
+        self.end(b, id, |ring| ending::may_end(ring, id))
+    }
+
+    fn end<B: Backing>(&self, b: &B, id: KekId, may: impl FnOnce(&Keyring) -> Result<()>) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
         may_destroy(&ring, id)?;
+        may(&ring)?;
         let mut is_news = false;
         if let Some(k) = ring.kek_mut(id).filter(|k| k.state != KekState::Destroyed) {
             (k.state, k.destroyed) = (KekState::Destroyed, now());
             k.wraps.clear();
             is_news = true;
         }
+        ring.life.schedules.retain(|s| s.kek != id);
         self.adopt(b, ring, &[])?;
         let mut s = self.state.write();
         s.opened.handles.remove(&id);
@@ -171,9 +191,10 @@ impl Keys {
     /// Whether [`Keys::destroy`] would accept `id` now.
     ///
     /// # Errors
-    /// As [`Keys::destroy`], but for the backing directory's.
-    pub fn check_destroy(&self, id: KekId) -> Result<()> {
-        may_destroy(&self.to_change()?, id)
+    /// [`StoreError::KeyState`] if `id` is not retired or was not proved unused (see [`Keys::retire`]), if it is scheduled,
+    /// or if more root keys must confirm it.
+    pub fn check_destroy(&self, id: KekId, confirmed: &Confirmation) -> Result<()> {
+        check_destroy(&self.to_change()?, id, confirmed)
     }
 
     /// Removes the pending KEK `id` from the keyring. Nothing was ever wrapped under it.
@@ -201,10 +222,18 @@ impl Keys {
     /// key is given proves nothing here: whoever has its secret must.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if it is one already, or a recovery key for a store with an external KEK; [`StoreError::Kms`] if a KEK is not open, or the provider's own.
-    pub fn add_root_key<B: Backing>(&self, b: &B, provider: &Arc<dyn KeyProvider>) -> Result<RootKeyId> {
+    /// [`StoreError::KeyState`] if it is one already, a recovery key for a store with an external KEK, or if more root keys
+    /// must confirm it; [`StoreError::Kms`] if a KEK is not open, or the provider's own.
+    pub fn add_root_key<B: Backing>(
+        &self,
+        b: &B,
+        provider: &Arc<dyn KeyProvider>,
+        confirmed: &Confirmation,
+    ) -> Result<RootKeyId> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
+        // Or one root key would make itself a second one.
+        confirmed.suffices(ring.life.required())?;
         let live = self.live(&ring)?;
         let (_, added) = self.join(&mut ring, &live, std::slice::from_ref(provider))?;
         let Some(c) = added.into_iter().next() else {
@@ -225,7 +254,7 @@ impl Keys {
     ///
     /// # Errors
     /// [`StoreError::KeyState`] if it is not a root key, the last one that is no recovery key, the provider of an external
-    /// KEK, or no other root key at hand opens everything.
+    /// KEK, needed for the quorum, or no other root key at hand opens everything.
     pub fn remove_root_key<B: Backing>(&self, b: &B, id: RootKeyId) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
@@ -239,6 +268,13 @@ impl Keys {
             return refuse(
                 "this is the last root key besides the recovery key, which no mount asks for by itself: add another one first",
             );
+        }
+        if ring.roots.len() <= usize::from(ring.life.required()) {
+            return refuse(format!(
+                "this store requires {} different root keys to confirm what cannot be undone, and fewer would be left: add \
+                 another one first, or lower that (key policy --quorum)",
+                ring.life.required()
+            ));
         }
         if let Some(k) = ring.keks.iter().find(|k| k.state != KekState::Destroyed && k.provider == Some(id)) {
             return refuse(format!(
@@ -409,7 +445,7 @@ impl Keys {
         Ok((all, added))
     }
 
-    fn adopt<B: Backing>(&self, b: &B, ring: Keyring, proofs: &[Proof<'_>]) -> Result<()> {
+    pub(super) fn adopt<B: Backing>(&self, b: &B, ring: Keyring, proofs: &[Proof<'_>]) -> Result<()> {
         let ring = self.commit(b, ring, proofs)?;
         self.state.write().ring = ring;
         Ok(())
@@ -443,6 +479,15 @@ pub(super) fn connect(connected: &mut Vec<Connected>, c: Connected) {
 
 fn state_of(ring: &Keyring, id: KekId) -> Result<KekState> {
     Ok(ring.kek(id).ok_or(Damage::KekUnknown(id))?.state)
+}
+
+/// Whether `id` may be destroyed at once, or was.
+fn check_destroy(ring: &Keyring, id: KekId, confirmed: &Confirmation) -> Result<()> {
+    may_destroy(ring, id)?;
+    if state_of(ring, id)? == KekState::Destroyed {
+        return Ok(());
+    }
+    ending::may_go_at_once(ring, id, confirmed)
 }
 
 /// Whether `id` is retired and proved unused, or destroyed already.

@@ -1,5 +1,6 @@
 //! The keyring at work: over a simulated disk that stops at every operation, and under providers that fail and lie.
 
+mod ending;
 mod recovery;
 mod refresh;
 mod transfer;
@@ -256,9 +257,9 @@ fn the_life_of_a_kek() {
     assert_eq!((state(old), state(new)), (KekState::Active, KekState::Pending));
     assert!(matches!(keys.kek(new), Err(StoreError::KeyState(_))), "nothing is wrapped under a pending KEK");
     assert!(matches!(keys.stage(&disk, KekKind::Sealed, &[]), Err(StoreError::KeyState(_))));
-    refused(keys.destroy(&disk, old));
+    refused(keys.destroy(&disk, old, &Confirmation::default()));
     refused(keys.retire(&disk, old));
-    refused(keys.destroy(&disk, new));
+    refused(keys.destroy(&disk, new, &Confirmation::default()));
     refused(keys.retire(&disk, new));
 
     let held = keys.kek(old).unwrap();
@@ -271,15 +272,15 @@ fn the_life_of_a_kek() {
     assert!(keys.snapshot().kek(old).unwrap().is_needed());
     refused(keys.activate(&disk, old));
     refused(keys.discard_pending(&disk, new));
-    refused(keys.destroy(&disk, old));
+    refused(keys.destroy(&disk, old, &Confirmation::default()));
 
     keys.retire(&disk, old).unwrap();
     keys.retire(&disk, old).unwrap();
     assert!(!keys.snapshot().kek(old).unwrap().is_needed());
     let wraps = keys.snapshot().kek(old).unwrap().wraps.clone();
     assert!(raw(&disk).iter().all(|c| holds(c, &wraps[0].bytes)));
-    keys.destroy(&disk, old).unwrap();
-    keys.destroy(&disk, old).unwrap();
+    keys.destroy(&disk, old, &Confirmation::default()).unwrap();
+    keys.destroy(&disk, old, &Confirmation::default()).unwrap();
     assert!(raw(&disk).iter().all(|c| !holds(c, &wraps[0].bytes)), "gone from both copies");
     assert!(matches!(keys.kek(old), Err(StoreError::Damage(Damage::KekDestroyed(id, at))) if id == old && at > 0));
     refused(keys.activate(&disk, old));
@@ -354,7 +355,13 @@ fn a_provider_that_fails_or_lies_makes_no_store_and_becomes_no_root_key() {
         if call == Call::Wrap {
             let (before, other) = (raw(&disk), Scripted::new("b"));
             other.then(call, behaviour);
-            assert!(matches!(keys.add_root_key(&disk, &dynamic(&[&other])[0]), Err(StoreError::Kms(_))), "{what}");
+            assert!(
+                matches!(
+                    keys.add_root_key(&disk, &dynamic(&[&other])[0], &Confirmation::default()),
+                    Err(StoreError::Kms(_))
+                ),
+                "{what}"
+            );
             assert_eq!(raw(&disk), before, "{what}");
         }
     }
@@ -381,10 +388,10 @@ fn a_new_root_key_that_lies_in_the_proof_is_not_added() {
     let before = raw(&disk);
     for lie in [Behaviour::AnotherKey, Behaviour::Fail(KmsError::Unreachable("gone".into()))] {
         other.then(Call::Unwrap, Behaviour::Obey).then(Call::Unwrap, lie);
-        assert!(matches!(keys.add_root_key(&disk, &p), Err(StoreError::Kms(_))));
+        assert!(matches!(keys.add_root_key(&disk, &p, &Confirmation::default()), Err(StoreError::Kms(_))));
         assert_eq!(raw(&disk), before);
     }
-    keys.add_root_key(&disk, &p).unwrap();
+    keys.add_root_key(&disk, &p, &Confirmation::default()).unwrap();
     assert_eq!(keys.snapshot().roots.len(), 2);
 }
 
@@ -430,8 +437,11 @@ fn a_root_key_goes_only_when_another_opens_everything() {
     let (disk, a, keys) = fresh();
     rotate(&disk, &keys);
     let b = Scripted::new("b");
-    let added = keys.add_root_key(&disk, &dynamic(&[&b])[0]).unwrap();
-    assert!(matches!(keys.add_root_key(&disk, &dynamic(&[&b])[0]), Err(StoreError::KeyState(_))));
+    let added = keys.add_root_key(&disk, &dynamic(&[&b])[0], &Confirmation::default()).unwrap();
+    assert!(matches!(
+        keys.add_root_key(&disk, &dynamic(&[&b])[0], &Confirmation::default()),
+        Err(StoreError::KeyState(_))
+    ));
     let of_b = open(&disk, &[&b]).unwrap();
     assert!(of_b.snapshot().keks.iter().all(|k| of_b.kek(k.id).is_ok()), "retired ones too");
     let first = keys.snapshot().roots[0].id;
@@ -538,12 +548,58 @@ fn changes() -> Vec<Change> {
             prepare: |d, k, _| {
                 rotate(d, k);
             },
-            run: |d, k, _| k.destroy(d, retired_id(k)),
+            run: |d, k, _| k.destroy(d, retired_id(k), &Confirmation::default()),
+        },
+        Change {
+            name: "schedule",
+            prepare: |d, k, _| {
+                rotate(d, k);
+            },
+            run: |d, k, _| match k.snapshot().life.schedules.is_empty() {
+                true => k.schedule_destroy(d, retired_id(k), 60, &Confirmation::default()).map(drop),
+                false => Ok(()),
+            },
+        },
+        Change {
+            name: "announce",
+            prepare: |d, k, _| {
+                rotate(d, k);
+                k.schedule_destroy(d, retired_id(k), 86_400, &Confirmation::default()).unwrap();
+            },
+            run: |d, k, _| k.look_at_ending(d, retired_id(k)).map(drop),
+        },
+        Change {
+            name: "cancel",
+            prepare: |d, k, _| {
+                rotate(d, k);
+                k.schedule_destroy(d, retired_id(k), 60, &Confirmation::default()).unwrap();
+            },
+            run: |d, k, _| k.cancel_destroy(d, retired_id(k)).map(drop),
+        },
+        Change {
+            name: "destroy as scheduled",
+            prepare: |d, k, _| {
+                rotate(d, k);
+                k.schedule_destroy(d, retired_id(k), 0, &Confirmation::default()).unwrap();
+                assert_eq!(k.look_at_ending(d, retired_id(k)).unwrap(), Ending::Come);
+            },
+            run: |d, k, _| match k.snapshot().keks[0].state {
+                KekState::Destroyed => Ok(()),
+                _ => k.destroy_scheduled(d, retired_id(k)),
+            },
+        },
+        Change { name: "floor", prepare: |_, _, _| (), run: |d, k, _| k.set_floor(d, Some(active_id(k))) },
+        Change {
+            name: "quorum",
+            prepare: |d, k, s| {
+                k.add_root_key(d, &dynamic(&[s])[0], &Confirmation::default()).unwrap();
+            },
+            run: |d, k, s| k.set_quorum(d, 2, &k.confirm(&dynamic(&[s]))?),
         },
         Change {
             name: "add root key",
             prepare: |_, _, _| (),
-            run: |d, k, s| match k.add_root_key(d, &dynamic(&[s])[0]) {
+            run: |d, k, s| match k.add_root_key(d, &dynamic(&[s])[0], &Confirmation::default()) {
                 Err(StoreError::KeyState(_)) if k.snapshot().roots.len() == 2 => Ok(()),
                 other => other.map(|_| ()),
             },
@@ -551,7 +607,7 @@ fn changes() -> Vec<Change> {
         Change {
             name: "remove root key",
             prepare: |d, k, s| {
-                k.add_root_key(d, &dynamic(&[s])[0]).unwrap();
+                k.add_root_key(d, &dynamic(&[s])[0], &Confirmation::default()).unwrap();
             },
             run: |d, k, _| {
                 let id = k.snapshot().roots.iter().find(|r| r.uri == "scripted:b").map(|r| r.id);

@@ -88,7 +88,9 @@ impl Keys {
         let generation = d.keyring.generation;
         let (secret, first, passed_over) = roots::unlock(&d, root)?;
         let keys = Self { passed_over, ..Self::open_with(d.keyring, secret, first.clone(), root)? };
-        let ring = keys.to_change()?;
+        let mut ring = keys.to_change()?;
+        // What was to be destroyed then is to be decided anew: it may have been cancelled since, and the time is over.
+        ring.life.schedules.clear();
         match keys.whose(b)? {
             Whose::Ours => {}
             Whose::Another(id) => {

@@ -1,6 +1,6 @@
 //! What an observer is told of files' keys.
 
-use super::super::keys::{KekKind, Keys, StoreFlags};
+use super::super::keys::{Confirmation, KekKind, Keys, StoreFlags};
 use super::super::{Node, Store, StoreError, StoreOptions};
 use crate::backing::Access;
 use crate::backing::sim::{SimDisk, SimOptions};
@@ -167,12 +167,12 @@ fn changes_of_keys_are_told_after_they_were_made() {
         keys.retire(disk, old).unwrap();
     }
     for _ in 0..2 {
-        keys.destroy(disk, old).unwrap();
+        keys.destroy(disk, old, &Confirmation::default()).unwrap();
     }
     assert!(keys.discard_pending(disk, new).is_err());
     let root = keys.snapshot().roots.iter().find(|r| r.uri == "scripted:t").unwrap().id;
     keys.remove_root_key(disk, root).unwrap();
-    keys.add_root_key(disk, &second).unwrap();
+    keys.add_root_key(disk, &second, &Confirmation::default()).unwrap();
     let expected = [
         "scripted:t true",
         KekChange::Created.as_str(),

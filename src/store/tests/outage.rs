@@ -282,7 +282,7 @@ fn an_answer_from_before_a_lock_does_not_count() {
     let n = rig.make_cold("f", b"content");
     let gate = Gate::new();
     let other = Scripted::new("other");
-    rig.keys().add_root_key(&rig.disk, &roots(&[&other])[0]).unwrap();
+    rig.keys().add_root_key(&rig.disk, &roots(&[&other])[0], &crate::store::keys::Confirmation::default()).unwrap();
     std::thread::scope(|s| {
         rig.service.always(Behaviour::Hold(gate.clone()));
         let refresh = s.spawn(|| rig.keys().ask_service());
@@ -377,7 +377,11 @@ fn a_lock_takes_everything_but_names_and_an_unlock_brings_it_back() {
     rig.store.sync_file(&empty_node, &empty).expect("nothing is dirty");
     assert_eq!(held.len(), 10_000);
     locked(rig.keys().stage(&rig.disk, KekKind::Sealed, &[]));
-    locked(rig.keys().add_root_key(&rig.disk, &roots(&[&Scripted::new("x")])[0]));
+    locked(rig.keys().add_root_key(
+        &rig.disk,
+        &roots(&[&Scripted::new("x")])[0],
+        &crate::store::keys::Confirmation::default(),
+    ));
     names_go_on(&rig, &node);
     // A wrong key, and a service that says nothing, leave it locked.
     let stranger = Scripted::new("s");

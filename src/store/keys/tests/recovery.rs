@@ -61,7 +61,7 @@ fn a_move_to_other_root_keys_takes_the_recovery_key_along() {
     assert_eq!(active_id(&broken), new);
     // From there the way back: a new root key in, the lost ones out.
     let c = Scripted::new("c");
-    broken.add_root_key(&disk, &dynamic(&[&c])[0]).unwrap();
+    broken.add_root_key(&disk, &dynamic(&[&c])[0], &Confirmation::default()).unwrap();
     for lost in ["scripted:a", "scripted:b"] {
         let id = broken.snapshot().roots.iter().find(|r| r.uri == lost).unwrap().id;
         broken.remove_root_key(&disk, id).unwrap();
@@ -98,9 +98,9 @@ fn a_recovery_key_of_an_attacker_put_into_the_keyring_is_not_wrapped_for() {
 fn one_that_only_wraps_is_added_and_never_unlocks() {
     let (disk, a, keys) = fresh();
     let (full, public) = pair();
-    let id = keys.add_root_key(&disk, &public).unwrap();
-    assert!(state(keys.add_root_key(&disk, &public)).contains("already"));
-    assert!(state(keys.add_root_key(&disk, &full)).contains("already"));
+    let id = keys.add_root_key(&disk, &public, &Confirmation::default()).unwrap();
+    assert!(state(keys.add_root_key(&disk, &public, &Confirmation::default())).contains("already"));
+    assert!(state(keys.add_root_key(&disk, &full, &Confirmation::default())).contains("already"));
     assert_eq!(Keys::open(&disk, std::slice::from_ref(&full)).unwrap().snapshot(), keys.snapshot());
     assert!(matches!(Keys::open(&disk, std::slice::from_ref(&public)), Err(StoreError::WrongKey(_))));
     assert!(matches!(keys.connect_root(&public), Err(StoreError::WrongKey(_))));
@@ -131,9 +131,12 @@ fn with_its_secret_at_hand_a_recovery_key_proves_what_it_wrapped() {
     }
     let before = raw(&disk);
     let liar: Arc<dyn KeyProvider> = Arc::new(Liar(full.clone()));
-    assert!(matches!(keys.add_root_key(&disk, &liar), Err(StoreError::Kms(KmsError::BadCiphertext(_)))));
+    assert!(matches!(
+        keys.add_root_key(&disk, &liar, &Confirmation::default()),
+        Err(StoreError::Kms(KmsError::BadCiphertext(_)))
+    ));
     assert_eq!(raw(&disk), before);
-    keys.add_root_key(&disk, &full).unwrap();
+    keys.add_root_key(&disk, &full, &Confirmation::default()).unwrap();
 }
 
 #[test]
@@ -158,14 +161,14 @@ fn no_external_kek_beside_a_recovery_key() {
     let both = Keys::create(&disk, &with(&[&a], &full), KekKind::External, StoreFlags::default());
     assert!(state(both).contains("external"));
     let keys = Keys::create(&disk, &dynamic(&[&a]), KekKind::External, StoreFlags::default()).unwrap();
-    assert!(state(keys.add_root_key(&disk, &public)).contains("external"));
+    assert!(state(keys.add_root_key(&disk, &public, &Confirmation::default())).contains("external"));
     // A retired one that headers may still name counts too.
     let old = active_id(&keys);
     let sealed = keys.stage(&disk, KekKind::Sealed, &[]).unwrap();
     keys.activate(&disk, sealed).unwrap();
-    assert!(state(keys.add_root_key(&disk, &public)).contains("external"));
+    assert!(state(keys.add_root_key(&disk, &public, &Confirmation::default())).contains("external"));
     keys.retire(&disk, old).unwrap();
-    keys.add_root_key(&disk, &public).unwrap();
+    keys.add_root_key(&disk, &public, &Confirmation::default()).unwrap();
     assert!(state(keys.stage(&disk, KekKind::External, &[])).contains("external"));
     rotate(&disk, &keys);
 }

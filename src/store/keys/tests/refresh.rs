@@ -161,7 +161,7 @@ fn a_rotation_moves_the_store_secret_to_the_newest_version_too() {
     let (disk, a, keys) = fresh();
     a.advance();
     let (old, _) = rotate(&disk, &keys);
-    keys.destroy(&disk, old).unwrap();
+    keys.destroy(&disk, old, &Confirmation::default()).unwrap();
     a.retire_old_versions();
     assert_eq!(open(&disk, &[&a]).unwrap().snapshot(), keys.snapshot());
     assert_eq!(a.count(Call::Rewrap), 1);
@@ -212,7 +212,7 @@ fn a_root_key_without_versions_is_not_asked() {
     };
     let phrase = connect(&RootKeyUri::parse("passphrase:").unwrap(), &o, true).unwrap();
     let (disk, a, keys) = fresh();
-    keys.add_root_key(&disk, &phrase).unwrap();
+    keys.add_root_key(&disk, &phrase, &Confirmation::default()).unwrap();
     let untouched: Arc<dyn KeyProvider> = Arc::new(Untouched);
     let keys = Keys::open(&disk, &[dynamic(&[&a])[0].clone(), untouched]).unwrap();
     a.advance();

@@ -290,6 +290,9 @@ pub struct RotateArgs {
     /// Write a report to FILE, sealed with the store's key, also if the rotation is cancelled or incomplete
     #[arg(long, value_name = "FILE", conflicts_with = "steer")]
     pub report: Option<PathBuf>,
+    /// Write a copy of the keyring with the new KEK to FILE before the new KEK is used; an older copy of this store's is replaced
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["steer", "dry_run"])]
+    pub export: Option<PathBuf>,
     /// One JSON object at the end
     #[arg(long)]
     pub json: bool,

@@ -38,22 +38,22 @@ pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fau
     let (id, when) = (place.kek(wish.which)?, wish.when);
     // Not verified yet: what would be refused anyway should not be asked about first.
     may_destroy(&place.keyring, id).map_err(|e| fail(&e))?;
-    let connection = place.connect()?;
+    let is_mounted = place.connect()?.is_some();
     // What was scheduled was confirmed then.
     if !wish.yes && when != When::Never && place.keyring.life.schedule(id).is_none() {
         ask(id, when)?;
     }
     let meter = Meter::new(wish.json);
-    let ended = match connection {
-        Some(c) => {
+    let ended = match is_mounted {
+        true => {
             let confirm = confirm::for_daemon(wish.confirm, old)?;
             let request = Request::KekDestroy { id: id.to_string(), when, confirm };
-            match c.ask(&request, |s| rotate::show(&meter, s))? {
+            match place.daemon()?.ask(&request, |s| rotate::show(&meter, s))? {
                 Reply::Destruction(d) => d,
                 _ => return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
             }
         }
-        None => {
+        false => {
             let (_lock, observed, keys) = opened(place, old)?;
             let confirmed = confirm::here(wish.confirm, old, place, &observed, &keys)?;
             let b = crate::daemon::open::backing(&place.backing)?;

@@ -66,10 +66,12 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, c: &ConfirmArgs
         },
     );
     let made: String = uris.iter().map(root_keys::made).collect();
-    if let Some(daemon) = place.connect()? {
+    if place.connect()?.is_some() {
         let passphrase = root_keys::passphrase_for(&uris, &new)?;
         let confirm = confirm::for_daemon(c, old)?;
-        daemon.ask(&Request::KeyAdd { uri: root_keys::for_daemon(uri, &new)?, passphrase, confirm }, |_| {})?;
+        place
+            .daemon()?
+            .ask(&Request::KeyAdd { uri: root_keys::for_daemon(uri, &new)?, passphrase, confirm }, |_| {})?;
     } else {
         let (_lock, observed, keys) = opened(place, old)?;
         let confirmed = confirm::here(c, old, place, &observed, &keys)?;
@@ -90,9 +92,9 @@ fn add_recovery(place: &Place, c: &ConfirmArgs, old: &OpenKeys) -> Result<(), Fa
     let parsed = key.uri().clone();
     let uri = parsed.to_string();
     let key: Arc<dyn KeyProvider> = key;
-    if let Some(daemon) = place.connect()? {
+    if place.connect()?.is_some() {
         let confirm = confirm::for_daemon(c, old)?;
-        daemon.ask(&Request::KeyAdd { uri: uri.clone(), passphrase: None, confirm }, |_| {})?;
+        place.daemon()?.ask(&Request::KeyAdd { uri: uri.clone(), passphrase: None, confirm }, |_| {})?;
         let shown = recovery::prove(&place.posix, &key)
             .and_then(|()| output::print(&format!("added root key {uri}\n")))
             .and_then(|()| recovery::show(&text));
@@ -113,10 +115,7 @@ fn add_recovery(place: &Place, c: &ConfirmArgs, old: &OpenKeys) -> Result<(), Fa
 
 /// Takes a root key out through the daemon.
 fn remove_by_id(place: &Place, id: RootKeyId) -> Result<(), Fault> {
-    match place.connect()? {
-        Some(c) => c.ask(&Request::KeyRemove { id: id.to_string() }, |_| {}).map(drop),
-        None => Err(Fault::new(FaultKind::Daemon, "the daemon is gone")),
-    }
+    place.daemon()?.ask(&Request::KeyRemove { id: id.to_string() }, |_| {}).map(drop)
 }
 
 fn refresh(place: &Place, dry_run: bool, json: bool, old: &OpenKeys) -> Result<(), Fault> {

@@ -3,7 +3,7 @@
 use super::args::OpenKeys;
 use super::place::Place;
 use super::rotation_status::OnDisk;
-use super::status::{KekView, KeyringView, word};
+use super::status::{KekView, KeyringView, ending_in_words, word};
 use super::{key, output};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::protocol::{Reply, Request, RotateRequest, RotationState};
@@ -66,6 +66,9 @@ fn text(v: &KeyringView, now: u64) -> String {
     for r in &v.root_keys {
         t += &format!("  root key {} {}\n", r.id, r.uri);
     }
+    if v.quorum > 1 {
+        t += &format!("  {} different root keys must confirm that KEKs are destroyed or root keys added\n", v.quorum);
+    }
     for k in &v.keks {
         t += &kek(v, k, now);
     }
@@ -88,6 +91,12 @@ fn kek(v: &KeyringView, k: &KekView, now: u64) -> String {
     t += &format!("           {}\n", times.collect::<Vec<_>>().join(", "));
     if let Some(n) = k.waived {
         t += &format!("           unused but for what was waived: {n}; see rotate --status\n");
+    }
+    if let Some(s) = &k.ending {
+        t += &format!("           {}\n", ending_in_words(s));
+    }
+    if k.state == KekState::Retired && v.is_below_floor(k.id) {
+        t += "           closed by the floor: no file is opened under it\n";
     }
     let uri = |id| v.root_keys.iter().find(|r| r.id == id).map_or_else(|| id.to_string(), |r| r.uri.clone());
     let roots: Vec<String> = k.root_keys.iter().map(|id| uri(*id)).collect();
@@ -120,6 +129,7 @@ mod tests {
     use crate::cli::status::RootKeyView;
     use crate::format::ids::{KekId, RootKeyId, StoreId};
     use crate::format::keyring::KekKind;
+    use crate::format::lifecycle::Schedule;
 
     #[test]
     fn ages_are_in_the_largest_unit_that_fits() {
@@ -153,6 +163,14 @@ mod tests {
             retired,
             unused: retired,
             destroyed: if state == KekState::Destroyed { retired } else { 0 },
+            ending: (state == KekState::Retired).then_some(Schedule {
+                kek: KekId([n; 16]),
+                confirmed: 2,
+                scheduled: retired,
+                due: retired + 604_800,
+                announced: 0,
+                used: retired + 60,
+            }),
             root_keys,
             headers,
             waived: (state == KekState::Retired).then_some(2),
@@ -166,6 +184,8 @@ mod tests {
                 k(5, KekState::Retired, 1_790_086_400, vec![a], None),
                 k(4, KekState::Active, 0, vec![a, b], Some(12)),
             ],
+            quorum: 2,
+            floor: Some(KekId([4; 16])),
             uncounted: Some(2),
         };
         let [one, two, three, four, five] = [1, 2, 3, 4, 5].map(|n: u8| format!("{n:02}").repeat(16));
@@ -173,6 +193,7 @@ mod tests {
             text(&v, 1_790_086_400),
             format!(
                 "keyring   generation 5\n  root key {one} keyfile:/k\n  root key {two} passphrase:\n  \
+                 2 different root keys must confirm that KEKs are destroyed or root keys added\n  \
                  KEK      {three} destroyed, sealed, 1 day old\n           \
                  created 2026-09-21T14:13:20Z, activated 2026-09-21T14:13:21Z, retired 2026-09-22T14:13:20Z, \
                  proved unused 2026-09-22T14:13:20Z, destroyed 2026-09-22T14:13:20Z\n           \
@@ -181,6 +202,8 @@ mod tests {
                  created 2026-09-21T14:13:20Z, activated 2026-09-21T14:13:21Z, retired 2026-09-22T14:13:20Z, \
                  proved unused 2026-09-22T14:13:20Z\n           \
                  unused but for what was waived: 2; see rotate --status\n           \
+                 to be destroyed, not before 2026-09-29T14:13:20Z; a file NEEDED it on 2026-09-22T14:14:20Z\n           \
+                 closed by the floor: no file is opened under it\n           \
                  opened by keyfile:/k\n  \
                  KEK      {four} active, sealed, 1 day old\n           \
                  created 2026-09-21T14:13:20Z, activated 2026-09-21T14:13:21Z\n           \

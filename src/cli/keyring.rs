@@ -7,13 +7,14 @@ use super::{audit, output, root_keys};
 use crate::daemon::fault::{Fault, FaultKind, plain};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
-use crate::daemon::open;
+use crate::daemon::{mounts, open};
 use crate::format::damage::Damage;
 use crate::format::ids::StoreId;
 use crate::format::keyring::{KEYRING_MAX, Keyring};
 use crate::kms::ConnectOptions;
 use crate::kms::event::StoreChange;
-use crate::store::keys::{FOLDER, Keys};
+use crate::rotation::Staged;
+use crate::store::keys::{Exported, FOLDER, Keys};
 use rustix::fs::RenameFlags;
 use serde::Serialize;
 use std::fs::{self, File};
@@ -41,69 +42,140 @@ struct Import {
     kept: Vec<String>,
 }
 
-/// Writes a copy of the keyring to `file`.
-///
-/// # Errors
-/// [`FaultKind::Usage`] if `file` would lie in the store; [`FaultKind::NotEmpty`] if it is there and `force` is not
-/// given; the keyring's and the kernel's.
-pub fn export(place: &Place, file: &Path, force: bool, json: bool) -> Result<(), Fault> {
-    let dir = parent(file)?;
-    let inside = [Some(&place.backing), place.mount.as_ref().map(|m| &m.mountpoint)];
-    if inside.into_iter().flatten().any(|own| dir.starts_with(fs::canonicalize(own).unwrap_or_else(|_| own.clone()))) {
-        let text = format!("{} would lie in the store, and be lost with it: name a place outside", file.display());
-        return Err(Fault::new(FaultKind::Usage, text));
+/// The file that a copy of the keyring goes to.
+pub struct ExportFile {
+    /// The directory it lies in.
+    dir: PathBuf,
+    file: PathBuf,
+    /// Take the place of what has this name.
+    replace: bool,
+}
+
+impl ExportFile {
+    /// Looks whether a copy of the keyring of the store at `place` may be written to `file`.
+    ///
+    /// # Errors
+    /// [`FaultKind::Usage`] if `file` would lie in the store; that it is there, and `replace` was not asked for.
+    fn find(place: &Place, file: &Path, replace: bool) -> Result<Self, Fault> {
+        let dir = parent(file)?;
+        let inside = [Some(&place.backing), place.mount.as_ref().map(|m| &m.mountpoint)];
+        if inside
+            .into_iter()
+            .flatten()
+            .any(|own| dir.starts_with(fs::canonicalize(own).unwrap_or_else(|_| own.clone())))
+        {
+            let text = format!("{} would lie in the store, and be lost with it: name a place outside", file.display());
+            return Err(Fault::new(FaultKind::Usage, text));
+        }
+        let target = Self { dir, file: file.to_path_buf(), replace };
+        if !replace && target.path()?.symlink_metadata().is_ok() {
+            return Err(target.failed(&io::ErrorKind::AlreadyExists.into()));
+        }
+        Ok(target)
     }
+
+    /// For `rotate --export`: what is there may be replaced if it is a copy of this store's keyring.
+    ///
+    /// # Errors
+    /// As `key export`'s.
+    pub fn of_rotation(place: &Place, file: &Path) -> Result<Self, Fault> {
+        let ours = |bytes: Vec<u8>| Keyring::decode(&bytes).is_ok_and(|d| d.keyring.store == place.keyring.store);
+        let replace = file.symlink_metadata().is_ok_and(|m| m.is_file()) && read(file).is_ok_and(ours);
+        Self::find(place, file, replace)
+    }
+
+    /// Puts a copy of the keyring there, before a rotation that begins with `staged` goes on.
+    ///
+    /// # Errors
+    /// The keyring's and the kernel's, and that the new KEK is not in what lies on disk. It was not made active then.
+    pub fn take(&self, place: &Place, staged: Staged) -> Result<(), Fault> {
+        let new = match staged {
+            Staged::NotDue(_) => return Ok(()),
+            Staged::Resume(_) => None,
+            Staged::New(id) => Some(id),
+        };
+        let written = copy(place).and_then(|copy| match new {
+            Some(id) if copy.keyring.pending().is_none_or(|k| k.id != id) => {
+                Err(Fault::new(FaultKind::Other, format!("KEK {id} is not in the keyring on disk")))
+            }
+            _ => self.write(&copy.bytes),
+        });
+        written.map_err(|f| match new {
+            Some(_) => Fault {
+                message: format!("{}; the new KEK was not made active, and no file was touched", f.message),
+                ..f
+            },
+            None => f,
+        })
+    }
+
+    fn path(&self) -> Result<PathBuf, Fault> {
+        let name = self.file.file_name().ok_or_else(|| self.failed(&io::ErrorKind::IsADirectory.into()))?;
+        Ok(self.dir.join(name))
+    }
+
+    fn failed(&self, e: &io::Error) -> Fault {
+        match e.kind() {
+            io::ErrorKind::AlreadyExists => Fault::new(
+                FaultKind::Other,
+                format!("{} is there already; nothing was written; --force replaces it", self.file.display()),
+            ),
+            _ => Fault::io("write", &self.file, e),
+        }
+    }
+
+    /// Writes it, whole and durable or not at all.
+    fn write(&self, bytes: &[u8]) -> Result<(), Fault> {
+        let target = self.path()?;
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        let temp = self.dir.join(format!(".{name}.{}", std::process::id()));
+        let written = (|| {
+            let mut f = File::options().write(true).create_new(true).mode(0o600).open(&temp)?;
+            f.write_all(bytes)?;
+            f.sync_all()
+        })();
+        let placed = written.and_then(|()| match self.replace {
+            true => fs::rename(&temp, &target),
+            false => rename_to_new(&temp, &target),
+        });
+        if let Err(e) = placed {
+            // One that this call made, or could not make.
+            let _ = fs::remove_file(&temp);
+            return Err(self.failed(&e));
+        }
+        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(|e| self.failed(&e))
+    }
+}
+
+/// The keyring as it lies on disk; a damaged copy is told.
+fn copy(place: &Place) -> Result<Exported, Fault> {
     let copy = Keys::export(&place.posix).map_err(|e| Fault::store(&place.backing, &e))?;
     for (name, d) in &copy.damaged {
         eprintln!("envelopefs: {name} cannot be used ({d}); the other copy was taken");
     }
-    write(&dir, file, &copy.bytes, force)?;
-    let ring = copy.keyring;
+    Ok(copy)
+}
+
+/// Writes a copy of the keyring to `file`.
+///
+/// # Errors
+/// [`FaultKind::Usage`] if `file` would lie in the store; that it is there, and `force` is not given; the keyring's and the
+/// kernel's.
+pub fn export(place: &Place, file: &Path, force: bool, json: bool) -> Result<(), Fault> {
+    let target = ExportFile::find(place, file, force)?;
+    let copy = copy(place)?;
+    target.write(&copy.bytes)?;
+    let (store, generation, file) = (copy.keyring.store, copy.keyring.generation, file.display());
     if json {
-        let file = file.display().to_string();
-        return output::print_json(&Export { store: ring.store, generation: ring.generation, file });
+        return output::print_json(&Export { store, generation, file: file.to_string() });
     }
-    output::print(&format!(
-        "wrote the keyring of store {}, generation {}, to {}\n",
-        ring.store,
-        ring.generation,
-        file.display()
-    ))
+    output::print(&format!("wrote the keyring of store {store}, generation {generation}, to {file}\n"))
 }
 
 /// The directory that `file` is to lie in.
 fn parent(file: &Path) -> Result<PathBuf, Fault> {
     let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::canonicalize(dir).map_err(|e| Fault::io("open", dir, &e))
-}
-
-/// Writes `file` in `dir`, whole and durable or not at all.
-fn write(dir: &Path, file: &Path, bytes: &[u8], force: bool) -> Result<(), Fault> {
-    let fail = |e: &io::Error| match e.kind() {
-        io::ErrorKind::AlreadyExists => Fault::new(
-            FaultKind::Other,
-            format!("{} is there already; nothing was written; --force replaces it", file.display()),
-        ),
-        _ => Fault::io("write", file, e),
-    };
-    let name = file.file_name().ok_or_else(|| fail(&io::ErrorKind::IsADirectory.into()))?;
-    let target = dir.join(name);
-    if !force && target.symlink_metadata().is_ok() {
-        return Err(fail(&io::ErrorKind::AlreadyExists.into()));
-    }
-    let temp = dir.join(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
-    let written = (|| {
-        let mut f = File::options().write(true).create_new(true).mode(0o600).open(&temp)?;
-        f.write_all(bytes)?;
-        f.sync_all()
-    })();
-    let placed = written.and_then(|()| if force { fs::rename(&temp, &target) } else { rename_to_new(&temp, &target) });
-    if let Err(e) = placed {
-        // One that this call made, or could not make.
-        let _ = fs::remove_file(&temp);
-        return Err(fail(&e));
-    }
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| fail(&e))
 }
 
 /// Renames, unless something is there. A file system that cannot promise that was looked at just before.
@@ -131,7 +203,7 @@ pub fn import(backing: &Path, file: &Path, force: bool, json: bool, old: &OpenKe
     // As the configuration names it; what is not there is told by the next step.
     let backing = &fs::canonicalize(backing).unwrap_or_else(|_| backing.to_path_buf());
     let b = open::backing(backing)?;
-    let _lock = VolumeLock::take(backing, "key import")?;
+    let _lock = lock(backing)?;
     let config = Config::load(old.access.config.as_deref())?;
     let observed = Observed::start(audit::options_of(&config, backing)?.as_ref(), ring.store)?;
     let recovery = root_keys::recovery_source(&old.recovery);
@@ -161,6 +233,22 @@ pub fn import(backing: &Path, file: &Path, force: bool, json: bool, old: &OpenKe
     output::print(&text)?;
     eprintln!("envelopefs: look whether every file opens with it: envelopefs check {shown}");
     Ok(())
+}
+
+/// The lock of the store at `backing`; `None` if its folder is lost, and with it the lock's file.
+fn lock(backing: &Path) -> Result<Option<VolumeLock>, Fault> {
+    match VolumeLock::take(backing, "key import") {
+        Err(f) if f.kind == FaultKind::NotAStore => {}
+        taken => return taken.map(Some),
+    }
+    // Taken away below a daemon that goes on.
+    match mounts::of_backing(backing).map_err(|e| Fault::io("look for mounts of", backing, &e))? {
+        Some(m) => {
+            let text = format!("store {} is mounted at {}", backing.display(), m.mountpoint.display());
+            Err(Fault::new(FaultKind::Locked, text))
+        }
+        None => Ok(None),
+    }
 }
 
 /// The bytes of a file, if it is not longer than a keyring can be.

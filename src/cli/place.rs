@@ -58,6 +58,15 @@ impl Place {
         })
     }
 
+    /// A connection to the daemon that has the store mounted, as [`Place::connect`] has said. A daemon does not wait long
+    /// for what a client wants: whoever has to ask somebody first connects afterwards.
+    ///
+    /// # Errors
+    /// As [`Place::connect`]; [`FaultKind::Daemon`] if the store was unmounted since.
+    pub fn daemon(&self) -> Result<Connection, Fault> {
+        self.connect()?.ok_or_else(|| Fault::new(FaultKind::Daemon, "the daemon is gone"))
+    }
+
     /// A connection to the daemon that has the store mounted; `None` if nobody has the store.
     ///
     /// # Errors

@@ -35,9 +35,9 @@ struct Floor {
 pub fn policy(place: &Place, quorum: Option<u8>, json: bool, c: &ConfirmArgs, old: &OpenKeys) -> Result<(), Fault> {
     if let Some(quorum) = quorum {
         match place.connect()? {
-            Some(daemon) => {
+            Some(_) => {
                 let confirm = confirm::for_daemon(c, old)?;
-                drop(daemon.ask(&Request::KeyPolicy { quorum, confirm }, |_| {})?);
+                drop(place.daemon()?.ask(&Request::KeyPolicy { quorum, confirm }, |_| {})?);
             }
             None => {
                 let (_lock, observed, keys) = opened(place, old)?;

@@ -2,6 +2,7 @@
 
 use super::args::RotateArgs;
 use super::config::Config;
+use super::keyring::ExportFile;
 use super::place::Place;
 use super::progress::Meter;
 use super::report::ReportFile;
@@ -12,7 +13,7 @@ use crate::daemon::observed::Observed;
 use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState};
 use crate::daemon::{open, rotate};
 use crate::kms::ConnectOptions;
-use crate::rotation::{Control, Options, Outcome, Progress, Report, SealedReport, State, Status, Waivers};
+use crate::rotation::{Control, Options, Outcome, Progress, Report, SealedReport, Staged, State, Status, Waivers};
 use crate::store::{Store, StoreOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::path::{Path, PathBuf};
@@ -37,12 +38,13 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
     }
     let waive = waivers::read(a.waive.as_deref())?;
     let file = report_file(a, &place)?;
+    let export = a.export.as_deref().map(|file| ExportFile::of_rotation(&place, file)).transpose()?;
     match connection {
-        Some(c) => {
+        Some(_) => {
             if file.is_some() {
                 cancel_in_daemon_on_signal(&a.target)?;
             }
-            let request = RotateRequest {
+            let mut request = RotateRequest {
                 passphrase: passphrase(a)?,
                 keys: a.keys.iter().map(|k| root_keys::for_daemon(k, &a.open.access)).collect::<Result<_, _>>()?,
                 kek: a.kek.map(Into::into),
@@ -56,9 +58,20 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
                 detach: a.detach,
                 destroy_old: a.destroy_old,
                 waive: waive.paths().map(str::to_owned).collect(),
+                staged: None,
             };
+            if let Some(target) = export {
+                let Reply::Staged(staged) = place.daemon()?.ask(&Request::RotateStage(request.clone()), |_| {})? else {
+                    return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for"));
+                };
+                target.take(&place, staged)?;
+                if let Staged::New(id) = staged {
+                    // What the new KEK is like was said, and it is there.
+                    (request.staged, request.passphrase, request.keys) = (Some(id), None, Vec::new());
+                }
+            }
             let meter = Meter::new(a.json);
-            let reply = c.ask(&Request::Rotate(request), |s| show(&meter, s))?;
+            let reply = place.daemon()?.ask(&Request::Rotate(request), |s| show(&meter, s))?;
             meter.end();
             match reply {
                 Reply::Rotation(s) => ended(*s, a, file),
@@ -69,7 +82,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         None if a.detach => {
             Err(not_mounted(&place, "--detach leaves the rotation to the daemon: the store is not mounted"))
         }
-        None => offline(a, &place, file, waive),
+        None => offline(a, &place, file, export, waive),
     }
 }
 
@@ -111,7 +124,13 @@ fn ended(s: RotationState, a: &RotateArgs, file: Option<ReportFile>) -> Result<(
     }
 }
 
-fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>, waive: Waivers) -> Result<(), Fault> {
+fn offline(
+    a: &RotateArgs,
+    place: &Place,
+    file: Option<ReportFile>,
+    export: Option<ExportFile>,
+    waive: Waivers,
+) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
     let _lock = VolumeLock::take(&place.backing, "rotate")?;
     let config = Config::load(a.open.access.config.as_deref())?;
@@ -124,7 +143,7 @@ fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>, waive: Waive
     observed.opened(&keys);
     let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.access);
     let new = observed.connect(&root_keys::connect_with(&new, &config));
-    let options = Options {
+    let mut options = Options {
         kek: a.kek.map(Into::into),
         root: root_keys::for_new_kek(&open::parse(&a.keys)?, &new)?,
         rate: a.rate,
@@ -136,8 +155,16 @@ fn offline(a: &RotateArgs, place: &Place, file: Option<ReportFile>, waive: Waive
         destroy_old: a.destroy_old,
         waive: Arc::new(waive),
         restart: a.restart,
+        staged: None,
     };
     let store = Store::open(b, keys, StoreOptions::default()).map_err(|e| fail(&e))?;
+    if let Some(target) = export {
+        let staged = rotate::stage(&store, &options).map_err(|e| fail(&e))?;
+        target.take(place, staged)?;
+        if let Staged::New(id) = staged {
+            options.staged = Some(id);
+        }
+    }
     let control = Arc::new(Control::new());
     let switch = control.clone();
     on_signal(move || switch.cancel())?;
@@ -245,7 +272,7 @@ fn finish(r: &Report, s: Option<&SealedReport>, file: Option<ReportFile>, a: &Ro
     }
     waivers::tell(r);
     if r.is_done() {
-        if r.outcome == Outcome::Complete && !a.json {
+        if r.outcome == Outcome::Complete && !a.json && a.export.is_none() {
             let at = a.target.display();
             eprintln!(
                 "envelopefs: the keyring has changed: keep a copy outside of the store (envelopefs key export {at} FILE)"

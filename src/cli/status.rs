@@ -9,6 +9,8 @@ use crate::daemon::lock::VolumeLock;
 use crate::daemon::protocol::{DaemonStatus, KeysState, KeysStatus, Reply, Request};
 use crate::format::ids::{KekId, RootKeyId, StoreId};
 use crate::format::keyring::{KekKind, KekRecord, KekState, Keyring};
+use crate::format::lifecycle::Schedule;
+use crate::format::time::rfc3339_seconds;
 use serde::Serialize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,6 +38,10 @@ pub struct KeyringView {
     pub generation: u64,
     pub root_keys: Vec<RootKeyView>,
     pub keks: Vec<KekView>,
+    /// So many different root keys must confirm what cannot be undone.
+    pub quorum: u8,
+    /// The oldest KEK under which files are opened; `null`: any.
+    pub floor: Option<KekId>,
     /// Files and directories whose headers could not be counted; only if they were to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uncounted: Option<u64>,
@@ -59,6 +65,8 @@ pub struct KekView {
     pub retired: u64,
     pub unused: u64,
     pub destroyed: u64,
+    /// When it is to be destroyed; `null` if it is not to be.
+    pub ending: Option<Schedule>,
     /// Root keys that open it.
     pub root_keys: Vec<RootKeyId>,
     /// Headers that name it; only if they were counted.
@@ -82,12 +90,36 @@ impl KeyringView {
             retired: k.retired,
             unused: k.unused,
             destroyed: k.destroyed,
+            ending: ring.life.schedule(k.id).copied(),
             root_keys: k.wraps.iter().map(|w| w.root).collect(),
             headers: None,
             waived: rotation.waived_of(k),
         });
-        Self { store: ring.store, generation: ring.generation, root_keys: roots, keks: keks.collect(), uncounted: None }
+        Self {
+            store: ring.store,
+            generation: ring.generation,
+            root_keys: roots,
+            keks: keks.collect(),
+            quorum: ring.life.required(),
+            floor: ring.life.floor,
+            uncounted: None,
+        }
     }
+
+    /// Whether files are not opened under `kek`, which stands before the floor.
+    pub fn is_below_floor(&self, kek: KekId) -> bool {
+        let at = |id| self.keks.iter().position(|k| k.id == id);
+        self.floor.and_then(at).is_some_and(|floor| at(kek).is_some_and(|n| n < floor))
+    }
+}
+
+/// That a KEK is to be destroyed, for people.
+pub fn ending_in_words(s: &Schedule) -> String {
+    let used = match s.used {
+        0 => String::new(),
+        t => format!("; a file NEEDED it on {}", rfc3339_seconds(t)),
+    };
+    format!("to be destroyed, not before {}{used}", rfc3339_seconds(s.due))
 }
 
 /// Runs `status`.
@@ -201,9 +233,12 @@ fn keys(k: &KeyringView) -> String {
     for r in &k.root_keys {
         t += &format!("  root key {} {}\n", r.id, r.uri);
     }
-    for k in &k.keks {
-        let (state, kind) = (word(&k.state), word(&k.kind));
-        t += &format!("  KEK      {} {state}, {kind}\n", k.id);
+    for kek in &k.keks {
+        let (state, kind) = (word(&kek.state), word(&kek.kind));
+        let closed =
+            if kek.state == KekState::Retired && k.is_below_floor(kek.id) { ", closed by the floor" } else { "" };
+        let ending = kek.ending.as_ref().map_or(String::new(), |s| format!(", {}", ending_in_words(s)));
+        t += &format!("  KEK      {} {state}, {kind}{closed}{ending}\n", kek.id);
     }
     t
 }

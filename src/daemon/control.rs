@@ -19,7 +19,7 @@ use crate::kms::guard;
 use crate::kms::recovery::RecoveryKey;
 use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, passphrase};
-use crate::rotation::{self, Destruction, When};
+use crate::rotation::{self, Destruction, Staged, When};
 use crate::store::keys::Confirmation;
 use crate::store::shared::Shared;
 use crate::store::{Store, StoreError};
@@ -50,6 +50,7 @@ impl Handler for Control {
     fn handle(&self, request: Request, client: &mut Client) -> io::Result<()> {
         let reply = match request {
             Request::Rotate(r) => return self.rotate(&r, client),
+            Request::RotateStage(r) => self.rotate_stage(&r).map(Reply::Staged),
             Request::Status => Ok(Reply::Status(Box::new(self.status()))),
             Request::RotateStatus => Ok(Reply::Rotation(Box::new(self.job.state().unwrap_or_default()))),
             Request::RotatePause => self.job.steer(rotation::Control::pause).map(|()| Reply::Done),
@@ -195,6 +196,12 @@ impl Control {
         }
     }
 
+    fn rotate_stage(&self, r: &RotateRequest) -> Result<Staged, Fault> {
+        self.connect_root(r)?;
+        let options = self.rotate_options(r)?;
+        self.job.alone(|_| super::rotate::stage(&self.store, &options).map_err(|e| Fault::store(&self.backing, &e)))
+    }
+
     /// A passphrase without new root keys must be that of a root key the store has.
     fn connect_root(&self, r: &RotateRequest) -> Result<(), Fault> {
         let Some(p) = r.passphrase.as_ref().filter(|_| r.keys.is_empty()) else { return Ok(()) };
@@ -304,6 +311,7 @@ impl Control {
             destroy_old: r.destroy_old,
             waive: Arc::new(waive.map_err(|e| Fault::new(FaultKind::Usage, format!("waivers: {e}")))?),
             restart: r.restart,
+            staged: r.staged,
         })
     }
 }

@@ -6,8 +6,9 @@ use super::audit;
 use super::fault::Fault;
 use crate::crypto::seal::SealKey;
 use crate::crypto::secret::StoreSecret;
+use crate::format::ids::KekId;
 use crate::format::keyring::KekKind;
-use crate::rotation::{Destruction, Report, SealedReport, Status, When, sealed};
+use crate::rotation::{Destruction, Report, SealedReport, Staged, Status, When, sealed};
 use crate::store::keys::RefreshedRoot;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
@@ -28,6 +29,8 @@ pub enum Request {
     Status,
     /// Start a rotation, or join the one that is under way.
     Rotate(RotateRequest),
+    /// Make the new KEK of a rotation, and nothing more.
+    RotateStage(RotateRequest),
     /// How the rotation stands.
     RotateStatus,
     /// Stop starting new files until resumed.
@@ -167,6 +170,9 @@ pub struct RotateRequest {
     /// Paths that may fail, as reports name them.
     #[serde(default)]
     pub waive: Vec<String>,
+    /// The new KEK, which was made by [`Request::RotateStage`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub staged: Option<KekId>,
 }
 
 /// A passphrase or a recovery key on its way through the socket: wiped when dropped, never shown.
@@ -242,6 +248,8 @@ pub enum Reply {
     Progress(Box<Status>),
     /// The rotation's report, or its present state.
     Rotation(Box<RotationState>),
+    /// What a rotation is to begin with.
+    Staged(Staged),
     /// What became of the KEK.
     Destruction(Destruction),
     /// What became of each root key.

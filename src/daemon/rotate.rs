@@ -4,7 +4,8 @@ use super::job::Job;
 use crate::backing::Backing;
 use crate::format::ids::KekId;
 use crate::rotation::{
-    self, Context, Control, Destruction, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, When, sealed,
+    self, Context, Control, Destruction, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, Staged, When,
+    sealed,
 };
 use crate::store::keys::Confirmation;
 use crate::store::{Result, Store};
@@ -37,6 +38,14 @@ pub fn mounted<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progres
 /// As [`rotation::run`].
 pub fn offline<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progress, c: &Control) -> Result<Report> {
     rotation::run(&Context { shared: store.shared(), moves: &NoMoves }, o, progress, c)
+}
+
+/// Begins a rotation of an open store, as far as making the new KEK. No rotation may run.
+///
+/// # Errors
+/// As [`rotation::stage`].
+pub fn stage<B: Backing>(store: &Store<B>, o: &Options) -> Result<Staged> {
+    rotation::stage(&Context { shared: store.shared(), moves: &NoMoves }, o)
 }
 
 /// Seals what a run on `store` said.

@@ -21,6 +21,7 @@
 //! | `courtesy` | which share of the time to work, from what users wait | none |
 //! | `turns` | when a worker may begin the next header | waits |
 //! | `plan` | which KEK headers go to, from the keyring | none |
+//! | `stage` | the new KEK made, before anything is wrapped under it | yes |
 //! | `journal` | the record on disk | yes |
 //! | [`exceptions`] | what the last complete run left out, on disk | yes |
 //! | `pass` | one walk over the store, in batches, by workers | walks |
@@ -51,6 +52,7 @@ mod restored;
 mod rewrap;
 mod run;
 pub mod sealed;
+mod stage;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -68,4 +70,5 @@ pub use report::{Counts, Failing, Failure, Outcome, Progress, Report, State, Sta
 pub use restored::rewrap_restored;
 pub use run::{Context, run};
 pub use sealed::SealedReport;
+pub use stage::{Staged, stage};
 pub use waive::Waivers;

@@ -1,6 +1,7 @@
 //! What a run is asked to do.
 
 use super::waive::Waivers;
+use crate::format::ids::KekId;
 use crate::format::keyring::KekKind;
 use crate::kms::KeyProvider;
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -35,6 +36,8 @@ pub struct Options {
     pub waive: Arc<Waivers>,
     /// Make a new KEK even though an earlier run is unfinished. Without it, a run goes on where that one stopped.
     pub restart: bool,
+    /// The new KEK, which [`super::stage`] has made already. `kek`, `root`, `restart` and `if_older_than` were for that.
+    pub staged: Option<KekId>,
 }
 
 impl std::fmt::Debug for Options {
@@ -51,6 +54,7 @@ impl std::fmt::Debug for Options {
             .field("destroy_old", &self.destroy_old)
             .field("waive", &self.waive)
             .field("restart", &self.restart)
+            .field("staged", &self.staged)
             .finish()
     }
 }

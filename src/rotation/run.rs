@@ -9,9 +9,10 @@ use super::moves::Moves;
 use super::options::Options;
 use super::pass::Pass;
 use super::patience::Patience;
-use super::plan::{self, Begin, Wish};
+use super::plan;
 use super::report::{Counts, Failing, Failure, Outcome, Progress, Report, State, Status};
 use super::sealed::{SealedReport, seal_key};
+use super::stage::{Staged, stage};
 use super::sweep::{Sweep, Swept, calls_at_once};
 use super::turns::Turns;
 use super::verify::{Found, Verify};
@@ -64,15 +65,9 @@ pub fn run<B: Backing>(
     if ctx.shared.read_only && !options.dry_run {
         return Err(StoreError::ReadOnly);
     }
-    if options.destroy_old {
-        ctx.shared.keys.one_root_key_suffices()?;
-    }
     let mut run = Run::new(ctx, options, progress, control);
     if options.dry_run {
         return run.count_only();
-    }
-    if let Some(active) = run.too_early() {
-        return Ok(run.report(active, Outcome::NotDue));
     }
     let ended = run.rotate();
     if let Err(e) = &ended {
@@ -133,7 +128,7 @@ struct At {
     failing: Failing,
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
@@ -168,15 +163,6 @@ impl<'a, B: Backing> Run<'a, B> {
         }
     }
 
-    /// The active KEK, if it is too young for the run that was asked for.
-    fn too_early(&self) -> Option<KekId> {
-        let ring = self.ctx.shared.keys.snapshot();
-        let age = self.options.if_older_than.filter(|age| !plan::is_due(&ring, *age, now()))?;
-        let active = ring.active()?;
-        tracing::info!(kek = %active.id, age, "rotation is not due: the active KEK is younger");
-        Some(active.id)
-    }
-
     /// Only looks: what names which KEK now.
     fn count_only(&mut self) -> Result<Report> {
         let ring = self.ctx.shared.keys.snapshot();
@@ -189,7 +175,10 @@ impl<'a, B: Backing> Run<'a, B> {
     }
 
     fn rotate(&mut self) -> Result<Report> {
-        let target = self.begin()?;
+        let (target, is_due) = self.begin()?;
+        if !is_due {
+            return Ok(self.report(target, Outcome::NotDue));
+        }
         let outcome = match self.move_headers(target)? {
             Ok(true) => {
                 self.except(target)?;
@@ -214,32 +203,27 @@ impl<'a, B: Backing> Run<'a, B> {
         Ok(self.report(target, outcome))
     }
 
-    /// Makes the new KEK active, or finds the one an earlier run made.
-    fn begin(&mut self) -> Result<KekId> {
+    /// Makes the new KEK active, or goes on with the one an earlier run made. Returns the active KEK, and whether there is
+    /// anything to do.
+    fn begin(&mut self) -> Result<(KekId, bool)> {
         let (keys, b) = (&self.ctx.shared.keys, &self.ctx.shared.backing);
-        let wish =
-            Wish { kind: self.options.kek, new_roots: !self.options.root.is_empty(), restart: self.options.restart };
-        let plan = plan::plan(&keys.snapshot(), wish).ok_or(Damage::KeyringUnreadable)?;
-        for id in plan.discard {
-            keys.discard_pending(b, id)?;
-        }
-        match plan.begin {
-            Begin::Resume(target) => {
+        match stage(self.ctx, self.options)? {
+            Staged::NotDue(active) => Ok((active, false)),
+            Staged::Resume(target) => {
                 self.resumed = true;
                 self.target = Some(target);
                 self.tell("resumed", Ok(()));
                 if let Some(l) = self.journal.borrow().last().filter(|l| l.target == target) {
                     self.started = l.started;
                 }
-                Ok(target)
+                Ok((target, true))
             }
-            Begin::New(kind) => {
-                let target = keys.stage(b, kind, &self.options.root)?;
+            Staged::New(target) => {
                 self.target = Some(target);
                 self.enter(State::Staged, target, b"");
                 keys.activate(b, target)?;
                 self.tell("activated", Ok(()));
-                Ok(target)
+                Ok((target, true))
             }
         }
     }

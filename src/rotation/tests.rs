@@ -5,9 +5,11 @@ mod causes;
 mod crash;
 mod destroy;
 mod external;
+mod floor;
 mod live;
 mod refuse;
 mod restored;
+mod staged;
 mod steer;
 mod waive;
 

@@ -148,3 +148,79 @@ fn a_destroyed_kek_stays_away_or_is_still_there_wherever_it_was_cut_off() {
         }
     }
 }
+
+/// Schedules a KEK so that its time has come at the second look.
+fn overdue(store: &Arc<Store<SimDisk>>, kek: KekId) {
+    assert_eq!(ending(store, kek, When::After(0), &Control::new()).unwrap().outcome, Fate::Scheduled);
+}
+
+#[test]
+fn a_scheduled_kek_waits_then_goes_after_the_same_scan_and_can_be_taken_back() {
+    let (disk, root, tree, old, (path, saved)) = rotated();
+    let store = open(disk.clone(), &root);
+    let end = |when| ending(&store, old, when, &Control::new()).unwrap();
+    assert_eq!(end(When::Never).outcome, Fate::NotScheduled);
+    let d = end(When::After(7 * 86_400));
+    assert_eq!((d.outcome, d.not_before), (Fate::Scheduled, d.schedule.unwrap().due));
+    let d = end(When::Now);
+    assert_eq!((d.outcome, d.proof, d.not_before >= d.schedule.unwrap().due), (Fate::Waiting, None, true));
+    assert_eq!((end(When::Never).outcome, end(When::Never).outcome), (Fate::Cancelled, Fate::NotScheduled));
+    overdue(&store, old);
+    // The time has come, and a file needs it.
+    disk.write_raw(&path, 0, &saved).unwrap();
+    assert!(refused(destroy(&store, old)).contains("1 header needs it"));
+    assert!(has_wraps(&disk, old));
+    rotate(&store, &Options { destroy_old: false, ..one_job() }).unwrap();
+    assert!(has_wraps(&disk, old));
+    let d = destroy(&store, old).unwrap();
+    assert_eq!((d.outcome, d.schedule), (Fate::Destroyed, None));
+    assert!(!has_wraps(&disk, old));
+    assert_eq!(read_all(&open(disk, &root)), tree);
+}
+
+#[test]
+fn rotate_destroys_old_keks_but_those_that_have_a_time_of_their_own() {
+    let (disk, root, tree, old, _) = rotated();
+    let store = open(disk.clone(), &root);
+    ending(&store, old, When::After(60), &Control::new()).unwrap();
+    let second = active(&store.shared().keys);
+    let report = rotate(&store, &Options { destroy_old: true, ..one_job() }).unwrap();
+    assert_eq!(report.destroyed, [second]);
+    assert!(has_wraps(&disk, old) && !has_wraps(&disk, second));
+    assert_eq!(read_all(&open(disk, &root)), tree);
+}
+
+#[test]
+fn rotate_destroys_nothing_in_a_store_that_wants_two_root_keys_to_agree() {
+    let (disk, a, b) = (SimDisk::default(), Scripted::new("a"), Scripted::new("b"));
+    let both: Vec<Arc<dyn KeyProvider>> = vec![a.clone(), b.clone()];
+    Store::init(&disk, &both, KekKind::Sealed, StoreFlags::default()).unwrap();
+    let store = Store::open(disk.clone(), Keys::open(&disk, &both).unwrap(), StoreOptions::default()).unwrap();
+    write(&store, "f", b"content");
+    let keys = &store.shared().keys;
+    let confirmed = keys.confirm(&both).unwrap();
+    keys.set_quorum(&disk, 2, &confirmed).unwrap();
+    let old = active(keys);
+    let r = rotate(&store, &Options { destroy_old: true, ..one_job() });
+    assert!(matches!(&r, Err(StoreError::KeyState(why)) if why.contains("requires 2")), "{r:?}");
+    assert_eq!(active(keys), old, "and it was said before anything was done");
+    rotate(&store, &one_job()).unwrap();
+    assert!(refused(destroy(&store, old)).contains("requires 2 different root keys"));
+    let ctx = Context { shared: store.shared(), moves: &*store };
+    let d = super::super::destroy(&ctx, old, When::Now, &confirmed, &(), &Control::new()).unwrap();
+    assert_eq!(d.outcome, Fate::Destroyed);
+}
+
+#[test]
+fn a_file_that_needs_a_scheduled_kek_is_told() {
+    let (disk, root, tree, old, (path, saved)) = rotated();
+    let store = open(disk.clone(), &root);
+    ending(&store, old, When::After(7 * 86_400), &Control::new()).unwrap();
+    let keys = &store.shared().keys;
+    assert!(keys.endings_due().is_empty());
+    disk.write_raw(&path, 0, &saved).unwrap();
+    assert_eq!(read_all(&store), tree, "it opens");
+    assert_eq!(keys.endings_due(), [old]);
+    keys.record_use(&disk, old).unwrap();
+    assert!(Keys::read_keyring(&disk).unwrap().life.schedule(old).unwrap().used > 0);
+}

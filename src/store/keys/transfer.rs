@@ -6,11 +6,11 @@
 //! Putting one back never removes anything: what was there is kept beside it ([`Imported::kept`]).
 
 use super::disk::{self, Found};
-use super::{BadCopy, COPIES, Keys, Proof, refuse, roots};
+use super::{BadCopy, COPIES, Keys, Proof, make_folder, now, refuse, roots};
 use crate::backing::{Access, Backing, Kind, RenameMode};
 use crate::format::damage::Damage;
 use crate::format::ids::StoreId;
-use crate::format::keyring::Keyring;
+use crate::format::keyring::{KekState, Keyring};
 use crate::format::names::{self, Listed, NameKeys};
 use crate::kms::KeyProvider;
 use crate::store::header::{self, Source};
@@ -73,24 +73,28 @@ impl Keys {
     /// generation higher than any there. At every instant either the old keyring, if there is one, or the new one
     /// is in force; what lay in the copies' places is kept under other names in the folder.
     ///
+    /// The store's folder is made if it is lost, once it is sure whose the files are. Not in it then: the targets of long
+    /// symbolic links, which lay there.
+    ///
+    /// A KEK that was pending is active, and what was scheduled to be destroyed is not any more.
     /// Destroyed KEKs that it holds are there again; KEKs that are newer than it are not in it, and files under them do not
     /// open. With `force` it may replace a whole keyring that is as new or newer, or that another key made.
     ///
-    /// The caller holds the volume lock.
+    /// The caller holds the volume lock, if there is a folder to hold it in.
     ///
     /// # Errors
     /// [`Damage`] of `bytes`; [`StoreError::WrongKey`] and [`StoreError::Kms`] as [`Keys::open`]; [`StoreError::KeyState`]
-    /// if it is not this store's, or the present keyring must not be replaced without `force`; [`StoreError::NotAStore`] if
-    /// there is no folder to put it in; the backing directory's.
+    /// if it is not this store's, or the present keyring must not be replaced without `force`; the backing directory's.
     pub fn import<B: Backing>(b: &B, bytes: &[u8], root: &[Arc<dyn KeyProvider>], force: bool) -> Result<Imported> {
-        let folder = disk::folder(b)?;
+        let folder = match disk::folder(b) {
+            Err(StoreError::NotAStore(_)) => None,
+            other => Some(other?),
+        };
         let d = Keyring::decode(bytes)?;
         let generation = d.keyring.generation;
         let (secret, first, passed_over) = roots::unlock(&d, root)?;
-        let keys = Self { passed_over, ..Self::open_with(d.keyring, secret, first.clone(), root)? };
-        let mut ring = keys.to_change()?;
-        // What was to be destroyed then is to be decided anew: it may have been cancelled since, and the time is over.
-        ring.life.schedules.clear();
+        let keys = Self { passed_over, ..Self::open_with(put_back(d.keyring), secret, first.clone(), root)? };
+        let ring = keys.to_change()?;
         match keys.whose(b)? {
             Whose::Ours => {}
             Whose::Another(id) => {
@@ -99,11 +103,15 @@ impl Keys {
             Whose::NotOurs => {
                 return refuse("this keyring is another store's: the id of the root directory does not open with it");
             }
-            Whose::Unknown if force || ring.plaintext_names() => {}
+            Whose::Unknown if force || (ring.plaintext_names() && folder.is_some()) => {}
             Whose::Unknown => {
                 return refuse("nothing here shows that this keyring is this store's; --force puts it here");
             }
         }
+        let folder = match folder {
+            Some(f) => f,
+            None => make_folder(b)?,
+        };
         if let Some(why) = keys.in_the_way(&disk::load(b, &folder), generation).filter(|_| !force) {
             return refuse(format!("{why}; --force replaces it all the same, and keeps a copy"));
         }
@@ -164,6 +172,23 @@ impl Keys {
             None => without_headers,
         })
     }
+}
+
+/// A keyring from before as it is to be in force now. What was to be destroyed then is to be decided anew: it may have
+/// been cancelled since. A KEK that was pending may have been made active since and headers may name it (`rotate --export`),
+/// so it is the active one; had it not been, nothing is lost by that.
+fn put_back(mut ring: Keyring) -> Keyring {
+    ring.life.schedules.clear();
+    if ring.pending().is_some() {
+        for k in &mut ring.keks {
+            match k.state {
+                KekState::Active => (k.state, k.retired) = (KekState::Retired, now()),
+                KekState::Pending => (k.state, k.activated) = (KekState::Active, now()),
+                KekState::Retired | KekState::Destroyed => {}
+            }
+        }
+    }
+    ring
 }
 
 /// The store that a file's header names, if it has one.

@@ -47,6 +47,16 @@ fn output_without_a_mount_is_as_documented() {
     check(&b, "rotate back --status --json", "rotate --status --json");
     check(&b, "rotate back --json --report report", "rotate --json");
     check(&b, "rotate back --status --json", "rotate --status --json");
+    let ring = b.json("key list back --json");
+    let old = ring["keks"].as_array().unwrap().iter().find(|k| k["state"] == "retired").unwrap()["id"].clone();
+    let old = old.as_str().unwrap();
+    check(&b, &format!("key destroy back {old} --after 7d --yes --json"), "key destroy --json");
+    check(&b, &format!("key destroy back {old} --cancel --json"), "key destroy --json");
+    check(&b, &format!("key destroy back {old} --yes --json"), "key destroy --json");
+    check(&b, "key policy back --json", "key policy --json");
+    check(&b, "key floor back none --json", "key floor --json");
+    check(&b, "key export back DIR/copy --json", "key export --json");
+    check(&b, "key import back DIR/copy --force --json", "key import --json");
     check(&b, "key verify-report report back --json", "key verify-report --json");
     check(&b, "key list back --json", "key list --json");
     check(&b, "speed --json", "speed --json");

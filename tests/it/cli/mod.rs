@@ -3,6 +3,7 @@
 mod audit;
 mod control;
 mod json;
+mod ending;
 mod keyring;
 mod lifecycle;
 mod lock;

@@ -174,6 +174,94 @@ fn with_names_in_clear_headers_tell_whose_keyring_it_is() {
     import(&disk, &copy, &[&s], false).unwrap();
 }
 
+/// Takes the store's folder away with all that is in it.
+fn lose_folder(disk: &SimDisk) {
+    fn empty(b: &SimDisk, dir: &<SimDisk as Backing>::Node) {
+        for e in b.read_dir(dir).unwrap().into_iter().filter(|e| e.name != b"." && e.name != b"..") {
+            let node = b.lookup(dir, &e.name).unwrap();
+            if b.stat(&node).unwrap().kind == crate::backing::Kind::Dir {
+                empty(b, &node);
+                b.rmdir(dir, &e.name).unwrap();
+            } else {
+                b.unlink(dir, &e.name).unwrap();
+            }
+        }
+    }
+    let root = disk.root().unwrap();
+    empty(disk, &disk.lookup(&root, FOLDER).unwrap());
+    disk.rmdir(&root, FOLDER).unwrap();
+}
+
+#[test]
+fn a_store_whose_folder_is_lost_is_rebuilt_but_for_long_links() {
+    let (disk, s) = encrypted();
+    let long = "x".repeat(4000);
+    {
+        let store = Store::open(disk.clone(), open(&disk, &[&s]).unwrap(), StoreOptions::default()).unwrap();
+        store.symlink(&store.root(), b"short", b"target", None).unwrap();
+        store.symlink(&store.root(), b"long", long.as_bytes(), None).unwrap();
+        store.close().unwrap();
+    }
+    let copy = Keys::export(&disk).unwrap();
+    lose_folder(&disk);
+    assert!(matches!(open(&disk, &[&s]), Err(StoreError::NotAStore(_))));
+    let stranger = Scripted::new("x");
+    assert!(import(&disk, &copy.bytes, &[&stranger], true).is_err());
+    assert!(disk.lookup(&disk.root().unwrap(), FOLDER).is_err(), "and no folder is made for nothing");
+    let done = import(&disk, &copy.bytes, &[&s], false).unwrap();
+    assert!(done.kept.is_empty());
+    assert!(is_readable(&disk, &s));
+    let store = Store::open(disk.clone(), open(&disk, &[&s]).unwrap(), StoreOptions::default()).unwrap();
+    let link = |name: &[u8]| store.readlink(&store.lookup(&store.root(), name).unwrap().0);
+    assert_eq!(link(b"short").unwrap(), b"target");
+    assert!(matches!(link(b"long"), Err(StoreError::Damage(Damage::SymlinkAuth))));
+    // It is whole again: new things can be made in it.
+    store.symlink(&store.root(), b"new", long.as_bytes(), None).unwrap();
+    store.mkdir(&store.root(), b"d", 0o755, 0, None).unwrap();
+    assert_eq!(link(b"new").unwrap(), long.as_bytes());
+}
+
+#[test]
+fn a_directory_that_shows_nothing_of_a_store_gets_no_folder_without_force() {
+    for flags in [StoreFlags::default(), StoreFlags { plaintext_names: true }] {
+        let (disk, s) = store(SimOptions::default(), flags);
+        let copy = Keys::export(&disk).unwrap();
+        let elsewhere = SimDisk::default();
+        assert!(refused(import(&elsewhere, &copy.bytes, &[&s], false)).contains("--force"));
+        assert!(elsewhere.lookup(&elsewhere.root().unwrap(), FOLDER).is_err());
+        import(&elsewhere, &copy.bytes, &[&s], true).unwrap();
+        // Where headers name the store, they do.
+        lose_folder(&disk);
+        import(&disk, &copy.bytes, &[&s], false).unwrap();
+        assert!(is_readable(&disk, &s));
+    }
+}
+
+#[test]
+fn a_lost_folder_is_rebuilt_wherever_that_was_cut_off() {
+    let (base, s) = encrypted();
+    let copy = Keys::export(&base).unwrap();
+    lose_folder(&base);
+    base.sync_all().unwrap();
+    for n in 0.. {
+        let disk = base.crash_process();
+        disk.stop_after(disk.operations() + n);
+        let done = import(&disk, &copy.bytes, &[&s], false).is_ok();
+        for cut in crashes(&disk) {
+            if done {
+                assert!(is_readable(&cut, &s), "after {n}");
+            } else if !is_readable(&cut, &s) {
+                import(&cut, &copy.bytes, &[&s], false).unwrap();
+                assert!(is_readable(&cut, &s), "after {n}");
+            }
+        }
+        if done {
+            assert!(n > 5, "{n}");
+            return;
+        }
+    }
+}
+
 #[test]
 fn without_the_roots_directory_id_headers_tell_too() {
     let (disk, s) = encrypted();
@@ -184,7 +272,6 @@ fn without_the_roots_directory_id_headers_tell_too() {
     // An empty directory says nothing, so that it takes a word.
     let empty = SimDisk::default();
     let root = empty.root().unwrap();
-    assert!(matches!(import(&empty, &copy, &[&s], true), Err(StoreError::NotAStore(_))));
     empty.mkdir(&root, FOLDER, 0o700, 0).unwrap();
     assert!(refused(import(&empty, &copy, &[&s], false)).contains("nothing here shows"));
     import(&empty, &copy, &[&s], true).unwrap();

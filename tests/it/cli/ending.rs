@@ -79,7 +79,7 @@ fn a_kek_whose_time_has_come_goes_by_the_next_key_destroy_after_it_was_announced
     b.ok(&format!("key destroy back {old} --after 1s --yes"));
     let end = || b.json(&format!("key destroy back {old} --json"));
     assert_eq!(end()["outcome"], "waiting", "announced first");
-    assert_eq!(ids(&b, "retired"), [old.clone()]);
+    assert_eq!(ids(&b, "retired"), [old.as_str()]);
     let mut last = Value::Null;
     wait_for("the end", || {
         last = end();
@@ -121,17 +121,27 @@ fn the_daemon_destroys_a_kek_whose_time_has_come_and_tells_of_files_that_need_it
 }
 
 #[test]
-fn a_mere_mount_destroys_nothing_and_a_read_only_one_never_does() {
+fn neither_a_look_nor_a_read_only_mount_destroys_what_is_overdue() {
     if !can_mount() {
         return;
     }
     let (b, old, _) = rotated();
     b.ok(&format!("key destroy back {old} --after 1s --yes"));
-    wait_for("its time", || b.ok(&format!("key list back --count")).contains("to be destroyed"));
+    assert_eq!(b.json(&format!("key destroy back {old} --json"))["outcome"], "waiting");
+    let ending = || keks(&b).iter().find(|k| k["id"] == *old).unwrap()["ending"].clone();
+    let comes = ending()["announced"].as_u64().unwrap() + 1;
+    wait_for("its time", || {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        now.as_secs() > comes
+    });
+    b.ok("check back");
+    b.ok("key list back --count");
+    b.ok("rotate back --if-older-than 1d --passphrase-file DIR/phrase");
     b.ok("mount back mnt --read-only");
     b.fails(&format!("key destroy mnt {old}"), 1, "DIR/back: store is mounted read-only");
     b.ok("unmount mnt");
-    assert_eq!(ids(&b, "retired"), [old]);
+    assert_eq!(ids(&b, "retired"), [old.as_str()]);
+    assert_eq!(b.json(&format!("key destroy back {old} --json"))["outcome"], "destroyed");
 }
 
 const TOO_FEW: &str =
@@ -157,7 +167,7 @@ fn two_root_keys_must_agree_where_the_store_says_so() {
     b.chmod("other", 0o600);
     let o = b.run(&format!("key destroy back {old} --yes --confirm passphrase: --confirm-passphrase-file DIR/other"));
     assert_eq!(o.status.code(), Some(4), "{}", b.masked(&o.stderr));
-    assert_eq!(ids(&b, "retired"), [old.clone()]);
+    assert_eq!(ids(&b, "retired"), [old.as_str()]);
     b.says(
         &format!("key destroy back {old} --yes {phrase}"),
         0,

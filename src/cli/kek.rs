@@ -43,12 +43,14 @@ pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fau
     if !wish.yes && when != When::Never && place.keyring.life.schedule(id).is_none() {
         ask(id, when)?;
     }
-    let meter = Meter::new(wish.json);
     let ended = match is_mounted {
         true => {
             let confirm = confirm::for_daemon(wish.confirm, old)?;
             let request = Request::KekDestroy { id: id.to_string(), when, confirm };
-            match place.daemon()?.ask(&request, |s| rotate::show(&meter, s))? {
+            let meter = Meter::new(wish.json);
+            let reply = place.daemon()?.ask(&request, |s| rotate::show(&meter, s))?;
+            meter.end();
+            match reply {
                 Reply::Destruction(d) => d,
                 _ => return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
             }
@@ -61,8 +63,10 @@ pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fau
             let control = Arc::new(Control::new());
             let at_signal = control.clone();
             rotate::on_signal(move || at_signal.cancel())?;
+            let meter = Meter::new(wish.json);
             let shown = rotate::Shown(&meter);
             let ended = crate::daemon::rotate::destroy_offline(&store, id, when, &confirmed, &shown, &control);
+            meter.end();
             let closed = store.close();
             observed.end();
             let ended = ended.map_err(|e| fail(&e))?;
@@ -70,7 +74,6 @@ pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fau
             ended
         }
     };
-    meter.end();
     if matches!(ended.outcome, Fate::Destroyed | Fate::AlreadyDestroyed) {
         for name in kept(&place.posix).unwrap_or_default() {
             eprintln!("envelopefs: the replaced keyring .envelopefs/{name} may still hold KEK {id}: remove it");

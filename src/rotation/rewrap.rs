@@ -217,8 +217,7 @@ pub(super) struct Leave {
 
 impl Leave {
     /// Asks for an unwrap by the KEK that wraps the header, unless the service re-wraps, and a wrap and its proof by the
-    /// target. Of what is wrong with
-    /// the header tells whoever tries it.
+    /// target. Of what is wrong with the header tells whoever tries it.
     fn ask<B: Backing>(
         &mut self,
         shared: &Shared<B>,
@@ -226,7 +225,7 @@ impl Leave {
         pair: &SlotPair,
     ) -> std::result::Result<(), Duration> {
         let Ok((_, slot)) = pair.authoritative() else { return Ok(()) };
-        if let (false, Ok(old)) = (self.unwrap, shared.keys.kek(slot.kek))
+        if let (false, Ok(old)) = (self.unwrap, shared.keys.kek_to_move(slot.kek))
             && !target.rewraps(&old)
         {
             old.leave(Background::Rotation, 1)?;
@@ -278,7 +277,7 @@ fn by_service<B: Backing>(
     slot: &Slot,
     relied_on: Copy2,
 ) -> Result<Option<Plan>> {
-    let may = slot.kek != target.id() && shared.keys.kek(slot.kek).is_ok_and(|old| target.rewraps(&old));
+    let may = slot.kek != target.id() && shared.keys.kek_to_move(slot.kek).is_ok_and(|old| target.rewraps(&old));
     let Some(sequence) = slot.sequence.checked_add(1).filter(|_| may) else { return Ok(None) };
     let watch = shared.keys.watch();
     let new = rewrap_slot(target, slot, sequence);

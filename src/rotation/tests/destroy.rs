@@ -14,7 +14,7 @@ fn ending<B: Backing>(
     super::super::destroy(&ctx, kek, when, &Confirmation::default(), &(), control)
 }
 
-fn destroy<B: Backing>(store: &Arc<Store<B>>, kek: KekId) -> crate::store::Result<Destruction> {
+pub(super) fn destroy<B: Backing>(store: &Arc<Store<B>>, kek: KekId) -> crate::store::Result<Destruction> {
     ending(store, kek, When::Now, &Control::new())
 }
 
@@ -25,7 +25,7 @@ fn refused(r: crate::store::Result<Destruction>) -> String {
     }
 }
 
-fn has_wraps(disk: &SimDisk, kek: KekId) -> bool {
+pub(super) fn has_wraps(disk: &SimDisk, kek: KekId) -> bool {
     !Keys::read_keyring(disk).unwrap().kek(kek).unwrap().wraps.is_empty()
 }
 

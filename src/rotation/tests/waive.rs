@@ -1,6 +1,7 @@
 //! What may fail: the run is complete without it, says so, and loses nothing that somebody may still need.
 
 use super::super::{exceptions, sealed};
+use super::destroy::{destroy, has_wraps};
 use super::*;
 use crate::backing::sim::{Op, PowerCut};
 use crate::format::keyring::KekState;
@@ -17,10 +18,6 @@ fn text(path: &[u8]) -> &str {
 
 fn is_unused<B: Backing>(store: &Arc<Store<B>>, id: KekId) -> bool {
     store.shared().keys.snapshot().kek(id).unwrap().unused != 0
-}
-
-fn has_wraps(disk: &SimDisk, kek: KekId) -> bool {
-    !Keys::read_keyring(disk).unwrap().kek(kek).unwrap().wraps.is_empty()
 }
 
 /// Neither slot of it can be read any more; nobody will ever know which KEK they named.
@@ -139,8 +136,7 @@ fn a_kek_that_a_waived_header_names_is_not_destroyed() {
     assert_eq!((&report.destroyed[..], &report.kept[..]), (&[older][..], &[old][..]), "only the one it does not name");
     assert!(has_wraps(&disk, old) && is_unused(&store, old));
     // Nor does anything else destroy it.
-    let ctx = Context { shared: store.shared(), moves: &*store };
-    let why = destroy(&ctx, old, &(), &Control::new()).unwrap_err().to_string();
+    let why = destroy(&store, old).unwrap_err().to_string();
     assert!(why.contains("1 header needs it"), "{why}");
     // It is put right from a copy: moved, and then the KEK may go.
     disk.write_raw(&path, 0, &moved).unwrap();
@@ -217,8 +213,7 @@ fn a_directory_that_cannot_be_listed_can_be_waived_and_keeps_all_keks() {
     assert_eq!((report.destroyed.len(), &report.kept[..]), (0, &[old][..]), "what is below may need it");
     assert!(keks_named(&disk).contains(&old));
     assert_eq!(read_all(&open(disk.clone(), &root)), tree, "and opens with it");
-    let ctx = Context { shared: store.shared(), moves: &*store };
-    let why = destroy(&ctx, old, &(), &Control::new()).unwrap_err().to_string();
+    let why = destroy(&store, old).unwrap_err().to_string();
     assert!(why.contains("needs it") || why.contains("need it"), "{why}");
     // Listed again: everything is moved, and the KEK goes.
     let report = rotate(&store, &Options { destroy_old: true, ..one_job() }).unwrap();

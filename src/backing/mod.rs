@@ -192,6 +192,10 @@ pub trait Backing: Send + Sync + Sized + 'static {
     fn allocate(&self, file: &Self::File, mode: Allocate, offset: u64, len: u64) -> io::Result<()>;
     /// fdatasync(2): data, and the size.
     fn sync_file(&self, file: &Self::File) -> io::Result<()>;
+    /// fsync(2): as [`Backing::sync_file`], and everything else there is of the inode.
+    fn sync_inode(&self, file: &Self::File) -> io::Result<()> {
+        self.sync_file(file)
+    }
     fn stat_file(&self, file: &Self::File) -> io::Result<Stat>;
     /// futimens(3).
     fn set_file_times(&self, file: &Self::File, atime: SetTime, mtime: SetTime) -> io::Result<()>;

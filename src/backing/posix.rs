@@ -405,6 +405,10 @@ impl Backing for Posix {
         Ok(retry_on_intr(|| rustix::fs::fdatasync(file))?)
     }
 
+    fn sync_inode(&self, file: &File) -> io::Result<()> {
+        Ok(retry_on_intr(|| rustix::fs::fsync(file))?)
+    }
+
     fn stat_file(&self, file: &File) -> io::Result<Stat> {
         stat_fd(file.as_fd())
     }

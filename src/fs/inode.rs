@@ -1,7 +1,9 @@
 //! Node ids: the numbers by which the kernel names inodes, and how many lookups of each it still holds.
 //!
-//! A node's id is the backing inode's number, so `st_ino` is the same in every mount. Inodes of another device below the
-//! backing directory, and number 1 (the root's, to FUSE), get ids from the upper half, which no file system uses.
+//! A node's id is the backing inode's number, so `st_ino` is the same in every mount. (After a `rekey`, which puts another
+//! inode in its place, it is that of before, until the kernel forgets the inode.) Inodes of another device below the
+//! backing directory, number 1 (the root's, to FUSE), and those whose number is still another's get ids from the upper
+//! half, which no file system uses.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -83,7 +85,8 @@ impl<B: Backing> Inodes<B> {
 
     /// The id of `node`, whether it is known or not.
     pub(super) fn id_of(&self, node: &Node<B>) -> u64 {
-        if node.id() == ROOT { ROOT } else { self.id_for(node.key().0, node.key().1).unwrap_or(UPPER | node.id()) }
+        let number = || node.number().and_then(|n| self.id_for(node.key().0, n));
+        if node.id() == ROOT { ROOT } else { number().unwrap_or(UPPER | node.id()) }
     }
 
     /// The id that an inode number stands for; `None` if such an inode's id is not its number.

@@ -23,6 +23,8 @@ pub enum Operation {
     Wrap,
     Unwrap,
     Rewrap,
+    /// A file has a new DEK in place of the old one; never asked of a root key.
+    Rekey,
     Generate,
     Health,
 }
@@ -34,6 +36,7 @@ impl Operation {
             Self::Wrap => "wrap",
             Self::Unwrap => "unwrap",
             Self::Rewrap => "rewrap",
+            Self::Rekey => "rekey",
             Self::Generate => "generate",
             Self::Health => "health",
         }

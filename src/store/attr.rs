@@ -6,6 +6,7 @@ use super::node::Node;
 use super::open::Store;
 use crate::backing::{Backing, Kind, SetTime, Stat, StatFs, Timestamp};
 use crate::format::{geometry, links};
+use parking_lot::RwLockReadGuard;
 use std::sync::Arc;
 
 const S_ISUID: u32 = 0o4000;
@@ -121,14 +122,12 @@ impl<B: Backing> Store<B> {
         if s.kill_suidgid {
             self.kill_privileges(n)?;
         }
-        let fd = n.fd(b)?;
         // Whoever writes behind users' backs puts back the times and mode it found: not over these.
-        let (dev, ino) = n.key();
-        let _kept = self.shared().inode_locks.shared(dev, ino);
+        let (fd, _kept) = self.kept(n)?;
         if s.uid.is_some() || s.gid.is_some() {
             b.set_owner(&fd, s.uid, s.gid)?;
             // The kernel below takes its own attribute away, but does not know this one.
-            self.drop_capabilities(n)?;
+            self.drop_capabilities(n, &fd)?;
         }
         if let Some(mode) = s.mode {
             b.set_mode(&fd, mode & 0o7777)?;
@@ -159,22 +158,36 @@ impl<B: Backing> Store<B> {
         if n.kind() != Kind::File {
             return Ok(());
         }
-        let (dev, ino) = n.key();
-        let kept = self.shared().inode_locks.shared(dev, ino);
-        let st = n.stat(self.backing())?;
+        let (fd, _kept) = self.kept(n)?;
+        let st = self.backing().stat(&fd)?;
         let mode = without_privileges(st.mode);
         if mode != st.mode {
-            self.backing().set_mode(&*n.fd(self.backing())?, mode)?;
+            self.backing().set_mode(&fd, mode)?;
         }
-        drop(kept);
-        self.drop_capabilities(n)
+        self.drop_capabilities(n, &fd)
     }
 
-    fn drop_capabilities(&self, n: &Arc<Node<B>>) -> Result<()> {
+    /// The backing inode, and its lock held shared: nobody puts back what is about to be changed of it, and no other
+    /// inode takes its place.
+    ///
+    /// # Errors
+    /// As [`Node::fd`].
+    pub(super) fn kept(&self, n: &Arc<Node<B>>) -> Result<(Arc<B::Node>, RwLockReadGuard<'_, ()>)> {
+        loop {
+            let (dev, ino) = n.key();
+            let kept = self.shared().inode_locks.shared(dev, ino);
+            let fd = n.fd(self.backing())?;
+            if n.key() == (dev, ino) {
+                return Ok((fd, kept));
+            }
+        }
+    }
+
+    fn drop_capabilities(&self, n: &Arc<Node<B>>, fd: &B::Node) -> Result<()> {
         if n.kind() != Kind::File {
             return Ok(());
         }
-        match self.remove_xattr(n, CAPABILITY) {
+        match self.remove_xattr_of(n, fd, CAPABILITY) {
             // None there, none possible, or none that this daemon may have set.
             Err(StoreError::NoAttribute | StoreError::NotSupported | StoreError::NotPermitted) => Ok(()),
             other => other,

@@ -18,6 +18,7 @@ pub mod node;
 pub mod open;
 pub mod place;
 mod pool;
+pub mod rekey;
 mod rename;
 pub mod restored;
 pub mod shared;

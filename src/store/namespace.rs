@@ -201,13 +201,13 @@ impl<B: Backing> Store<B> {
         }
         self.moves.make_room();
         let b = self.backing();
-        let fd = node.fd(b)?;
         // Begun under the directory's lock, as in a rename: the other way round they could wait for each other.
         let make = |dir: &B::Node, name: &Encoded| {
+            let (fd, kept) = self.kept(node)?;
             let moving = self.moves.begin();
-            b.link(&fd, dir, name.content()).map_err(kernel).map(|()| moving)
+            b.link(&fd, dir, name.content()).map_err(kernel).map(|()| (fd, moving, kept))
         };
-        let (_, attr, _moving) = self.make_entry(dir, name, make, |_| Ok(b.stat(&fd)?))?;
+        let (_, attr, (fd, _moving, _kept)) = self.make_entry(dir, name, make, |(fd, ..)| Ok(b.stat(fd)?))?;
         if self.moves.on() {
             self.moves.record(node.key(), fd);
         }

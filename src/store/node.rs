@@ -4,6 +4,9 @@
 //! by a descriptor (*pinned*) or only by where it lies: a parent and a backing name. The second costs nothing and is
 //! what `readdir` and `lookup` make; the descriptor is opened on first need and checked against the inode number.
 //!
+//! `rekey` puts another inode in the place of a file's: the node stays, and so does the number users know it by, and
+//! [`Table::replace`] gives it the new inode.
+//!
 //! Invariants:
 //! * a node's name is removed or changed by this program only while the node is pinned and somebody holds the pin,
 //!   so a node that is known only by its name is never known by a wrong one;
@@ -19,7 +22,7 @@ use super::shared::Shared;
 use crate::backing::{Backing, Kind, Stat};
 use crate::format::ids::DirId;
 use parking_lot::{Mutex, RwLock};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -78,7 +81,10 @@ pub(super) struct DirState {
 /// One inode.
 pub struct Node<B: Backing> {
     id: u64,
-    key: InodeKey,
+    dev: u64,
+    /// Changes only in [`Table::replace`].
+    ino: AtomicU64,
+    number: Option<u64>,
     kind: Kind,
     place: Mutex<Place<B>>,
     /// Used since the last sweep of pinned nodes.
@@ -107,7 +113,13 @@ impl<B: Backing> Node<B> {
 
     /// Device and inode number of the backing inode.
     pub fn key(&self) -> InodeKey {
-        self.key
+        (self.dev, self.ino.load(Ordering::Acquire))
+    }
+
+    /// The inode number that users know it by for as long as it lives: the backing inode's when the node was made.
+    /// `None` if that was still another node's, whose inode has been replaced since.
+    pub fn number(&self) -> Option<u64> {
+        self.number
     }
 
     /// Its kind.
@@ -166,7 +178,7 @@ impl<B: Backing> Node<B> {
             while let Some((node, l, moves)) = chain.pop() {
                 let found = b.lookup(&fd, &l.name).and_then(|n| Ok((b.stat(&n)?, n)));
                 match found {
-                    Ok((st, n)) if (st.dev, st.ino) == node.key => fd = node.pin(Arc::new(n)),
+                    Ok((st, n)) if (st.dev, st.ino) == node.key() => fd = node.pin(Arc::new(n)),
                     // Renamed since we looked: it is pinned now, or known by another name.
                     _ if node.moves() != moves => continue 'again,
                     Ok(_) => return Err(stale()),
@@ -185,13 +197,20 @@ impl<B: Backing> Node<B> {
     pub(super) fn stat(self: &Arc<Self>, b: &B) -> Result<Stat> {
         loop {
             let (l, moves) = match self.seen() {
-                Seen::Pinned(fd) => return Ok(b.stat(&fd)?),
+                Seen::Pinned(fd) => {
+                    let st = b.stat(&fd)?;
+                    // Of an inode that was replaced meanwhile it says nothing any more.
+                    if self.place.lock().fd.as_ref().is_none_or(|now| Arc::ptr_eq(now, &fd)) {
+                        return Ok(st);
+                    }
+                    continue;
+                }
                 Seen::Nowhere => return Err(stale()),
                 Seen::At(l, moves) => (l, moves),
             };
             let parent = l.parent.fd(b)?;
             match b.stat_at(&parent, &l.name) {
-                Ok(st) if (st.dev, st.ino) == self.key => return Ok(st),
+                Ok(st) if (st.dev, st.ino) == self.key() => return Ok(st),
                 _ if self.moves() != moves => {}
                 Ok(_) => return Err(stale()),
                 Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Err(stale()),
@@ -284,7 +303,7 @@ impl<B: Backing> Drop for Node<B> {
 
 impl<B: Backing> std::fmt::Debug for Node<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Node").field("id", &self.id).field("key", &self.key).field("kind", &self.kind).finish()
+        f.debug_struct("Node").field("id", &self.id).field("key", &self.key()).field("kind", &self.kind).finish()
     }
 }
 
@@ -292,6 +311,8 @@ impl<B: Backing> std::fmt::Debug for Node<B> {
 pub(super) struct Table<B: Backing> {
     nodes: [Mutex<HashMap<InodeKey, Weak<Node<B>>>>; SHARDS],
     cores: Mutex<Cores<B>>,
+    /// Numbers of live nodes whose inodes were replaced: the backing file system may give them to new inodes.
+    kept: Mutex<HashSet<InodeKey>>,
     next_id: AtomicU64,
     pinned: AtomicUsize,
     pinned_max: usize,
@@ -311,6 +332,7 @@ impl<B: Backing> Table<B> {
         Arc::new(Self {
             nodes: std::array::from_fn(|_| Mutex::new(HashMap::new())),
             cores: Mutex::new(Cores { by_key: HashMap::new(), sweep_at: 64 }),
+            kept: Mutex::default(),
             next_id: AtomicU64::new(ROOT_ID),
             pinned: AtomicUsize::new(0),
             pinned_max,
@@ -365,9 +387,12 @@ impl<B: Backing> Table<B> {
                 default_acl: AtomicU8::new(0),
             })
         });
+        let taken = self.kept.lock().contains(&(st.dev, st.ino));
         Node {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            key: (st.dev, st.ino),
+            dev: st.dev,
+            ino: AtomicU64::new(st.ino),
+            number: (!taken).then_some(st.ino),
             kind: st.kind,
             place: Mutex::new(Place { fd: None, at, moves: 0 }),
             used: AtomicBool::new(false),
@@ -378,11 +403,37 @@ impl<B: Backing> Table<B> {
     }
 
     fn forget(&self, node: &Node<B>) {
-        let mut shard = self.shard(node.key).lock();
+        let key = node.key();
+        let mut shard = self.shard(key).lock();
         // It may already be another node's: made when this one could no longer be had.
-        if shard.get(&node.key).is_some_and(|w| w.strong_count() == 0) {
-            shard.remove(&node.key);
+        if shard.get(&key).is_some_and(|w| w.strong_count() == 0) {
+            shard.remove(&key);
         }
+        drop(shard);
+        if let Some(number) = node.number.filter(|n| *n != key.1) {
+            self.kept.lock().remove(&(key.0, number));
+        }
+    }
+
+    /// From now on `node`, a regular file, stands for the inode `ino` of the same device, which `fd` refers to and no
+    /// node has. The caller holds a pin of the node, a handle of its file core with the core's lock exclusively, and the
+    /// locks of all directories that its names are in: so nobody is between a name and the node.
+    pub fn replace(&self, node: &Arc<Node<B>>, ino: u64, fd: Arc<B::Node>) {
+        let (old, new) = (node.key(), (node.dev, ino));
+        if let Some(number) = node.number {
+            self.kept.lock().insert((node.dev, number));
+        }
+        self.shard(new).lock().insert(new, Arc::downgrade(node));
+        let before = node.place.lock().fd.replace(fd);
+        {
+            let mut cores = self.cores.lock();
+            node.ino.store(ino, Ordering::Release);
+            if let Some(core) = cores.by_key.remove(&old) {
+                cores.by_key.insert(new, core);
+            }
+        }
+        self.shard(old).lock().remove(&old);
+        drop(before);
     }
 
     fn pinned(&self, node: &Arc<Node<B>>) {
@@ -406,17 +457,23 @@ impl<B: Backing> Table<B> {
 
     /// The one file core of a regular file.
     pub fn core(&self, shared: &Arc<Shared<B>>, node: &Arc<Node<B>>) -> Result<Arc<FileCore<B>>> {
-        if let Some(core) = self.cores.lock().by_key.get(&node.key).and_then(Weak::upgrade) {
-            return Ok(core);
+        loop {
+            let key = node.key();
+            if let Some(core) = self.cores.lock().by_key.get(&key).and_then(Weak::upgrade) {
+                return Ok(core);
+            }
+            let fd = node.fd(&shared.backing)?;
+            let mut cores = self.cores.lock();
+            if let Some(core) = cores.by_key.get(&node.key()).and_then(Weak::upgrade) {
+                return Ok(core);
+            }
+            // Else the inode was replaced meanwhile, and the descriptor may be the old one's.
+            if node.key() == key {
+                let core = FileCore::new(shared, fd);
+                cores.insert(key, &core);
+                return Ok(core);
+            }
         }
-        let fd = node.fd(&shared.backing)?;
-        let mut cores = self.cores.lock();
-        if let Some(core) = cores.by_key.get(&node.key).and_then(Weak::upgrade) {
-            return Ok(core);
-        }
-        let core = FileCore::new(shared, fd);
-        cores.insert(node.key, &core);
-        Ok(core)
     }
 
     /// Every file core that lives.

@@ -17,6 +17,7 @@ use crate::format::links::LinkKey;
 use crate::format::names::{self, NameKeys};
 use crate::format::xattrs::XattrKeys;
 use crate::kms::KeyProvider;
+use parking_lot::Mutex;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -59,6 +60,8 @@ pub struct Store<B: Backing> {
     /// `.envelopefs/links/`; `None` in a store opened read-only that has none.
     pub(super) links_dir: Option<B::Node>,
     pub(super) moves: Moves<B>,
+    /// `.envelopefs/rekey/`, once it was needed.
+    pub(super) rekey_dir: Mutex<Option<Arc<B::Node>>>,
 }
 
 /// The kernel's errors that the store has words for.
@@ -154,10 +157,12 @@ impl<B: Backing> Store<B> {
             pool: Pool::new(pool_dir),
             links_dir,
             moves: Moves::default(),
+            rekey_dir: Mutex::default(),
         });
         // What is fetched must not push out what is used.
         store.shared.ahead.set_window(o.prefetch.min(store.shared.deks.room() / 4));
         if !o.read_only {
+            store.finish_rekeys()?;
             store.clean_pool()?;
         }
         Ok(store)
@@ -291,7 +296,8 @@ impl<B: Backing> Store<B> {
     }
 }
 
-fn own_folder<B: Backing>(b: &B, own: &B::Node, name: &[u8]) -> io::Result<B::Node> {
+/// A folder in the store's own, made if it is not there.
+pub(super) fn own_folder<B: Backing>(b: &B, own: &B::Node, name: &[u8]) -> io::Result<B::Node> {
     match b.mkdir(own, name, 0o700, 0) {
         Err(e) if !is(&e, libc::EEXIST) => Err(e),
         _ => b.lookup(own, name),

@@ -64,7 +64,7 @@ impl<B: Backing> Store<B> {
             return Err(too_big());
         }
         let b = self.backing();
-        let fd = n.fd(b)?;
+        let (fd, _kept) = self.kept(n)?;
         match stored {
             XattrName::Sealed { backing, long } => {
                 let sealed = self.xattrs.seal_value(&backing, long, name, value);
@@ -116,13 +116,17 @@ impl<B: Backing> Store<B> {
     /// [`StoreError::NoAttribute`], [`StoreError::NotSupported`], the backing directory's.
     pub fn remove_xattr(&self, n: &Arc<Node<B>>, name: &[u8]) -> Result<()> {
         self.writable()?;
-        let stored = self.xattr_name(name)?;
+        let (fd, _kept) = self.kept(n)?;
+        self.remove_xattr_of(n, &fd, name)
+    }
+
+    /// The same of the inode that `fd` refers to, which is the node's.
+    pub(super) fn remove_xattr_of(&self, n: &Arc<Node<B>>, fd: &B::Node, name: &[u8]) -> Result<()> {
         let b = self.backing();
-        let fd = n.fd(b)?;
-        match stored {
-            XattrName::Sealed { backing, .. } => b.remove_xattr(&fd, &backing).map_err(kernel),
+        match self.xattr_name(name)? {
+            XattrName::Sealed { backing, .. } => b.remove_xattr(fd, &backing).map_err(kernel),
             _ => {
-                let done = b.remove_xattr(&fd, name).map_err(kernel);
+                let done = b.remove_xattr(fd, name).map_err(kernel);
                 self.acl_changed(n);
                 done
             }

@@ -159,7 +159,7 @@ impl<B: Backing> FileCore<B> {
     }
 
     /// Reads the plaintext bytes `from..from + out.len()`, all inside the blocks of `r`.
-    fn read_range(
+    pub(super) fn read_range(
         &self,
         inner: &Inner<B>,
         keys: &FileKeys,

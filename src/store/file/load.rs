@@ -51,7 +51,7 @@ impl<B: Backing> FileCore<B> {
     }
 
     fn try_load(&self, inner: &mut Inner<B>, access: Access) -> Result<()> {
-        let file = Arc::new(self.shared.backing.open(&self.node, access)?);
+        let file = Arc::new(self.shared.backing.open(&inner.node, access)?);
         let st = self.shared.backing.stat_file(&file)?;
         (inner.dev, inner.ino) = (st.dev, st.ino);
         inner.size = geometry::plain_size(st.size);
@@ -87,7 +87,7 @@ impl<B: Backing> FileCore<B> {
         }
         if !self.shared.read_only && unused {
             tracing::info!(file = %slot.file, kek = %slot.kek, "an old backup's header, under a KEK thought to be unused");
-            self.shared.restored.note(&self.node);
+            self.shared.restored.note(&inner.node);
         }
         let keys = Arc::new(FileKeys::new(dek, &slot));
         inner.called = called;

@@ -13,6 +13,7 @@
 mod io;
 mod load;
 mod lock;
+mod rekey;
 mod resize;
 mod segment;
 mod settle;
@@ -20,6 +21,7 @@ mod settle;
 mod tests;
 
 pub(in crate::store) use lock::Leaving;
+pub(in crate::store) use rekey::{Finished, Fresh};
 pub use resize::FileAllocate;
 pub use settle::SettleQueue;
 
@@ -35,6 +37,7 @@ use crate::format::damage::Damage;
 use crate::format::header::Slot;
 use crate::format::ids::FileId;
 use parking_lot::{RwLock, RwLockReadGuard};
+use rekey::Changes;
 use segment::Segments;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -67,6 +70,8 @@ impl FileKeys {
 
 /// What is open of a file. Guarded by `FileCore::inner`.
 struct Inner<B: Backing> {
+    /// The backing inode; another one after a rekey.
+    node: Arc<B::Node>,
     /// The backing file, open while any handle is or while the file waits to be settled.
     file: Option<Arc<B::File>>,
     access: Access,
@@ -113,9 +118,10 @@ struct Inner<B: Backing> {
 /// One regular inode's content.
 pub struct FileCore<B: Backing> {
     shared: Arc<Shared<B>>,
-    node: Arc<B::Node>,
     inner: RwLock<Inner<B>>,
     segments: Segments,
+    /// What changes while somebody copies the file.
+    changes: Changes,
     /// Blocks may match the older state copy: the file was not closed cleanly, or a write failed half-way.
     recovering: AtomicBool,
     /// Barriers that failed. The kernel tells each only once, and then takes what was lost for written.
@@ -129,8 +135,8 @@ impl<B: Backing> FileCore<B> {
     pub fn new(shared: &Arc<Shared<B>>, node: Arc<B::Node>) -> Arc<Self> {
         Arc::new(Self {
             shared: Arc::clone(shared),
-            node,
             inner: RwLock::new(Inner {
+                node,
                 file: None,
                 access: Access::Read,
                 dev: 0,
@@ -155,6 +161,7 @@ impl<B: Backing> FileCore<B> {
                 stale: false,
             }),
             segments: Segments::new(),
+            changes: Changes::default(),
             recovering: AtomicBool::new(false),
             failed_barriers: AtomicU64::new(0),
             told_barriers: AtomicU64::new(0),
@@ -201,7 +208,7 @@ impl<B: Backing> FileCore<B> {
         if inner.file.is_none() {
             self.load(&mut inner, access)?;
         } else if writer && inner.access == Access::Read {
-            let file = self.shared.backing.open(&self.node, access)?;
+            let file = self.shared.backing.open(&inner.node, access)?;
             inner.file = Some(Arc::new(file));
             inner.access = access;
             // What a crash left was settled in memory only while nobody could write.

@@ -176,6 +176,7 @@ impl<B: Backing> FileCore<B> {
     pub(super) fn make_empty(&self, inner: &mut Inner<B>) -> Result<()> {
         let _slots = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
         self.shared.backing.truncate(inner.backing_file()?, 0)?;
+        self.changes.cut_to(0);
         if let Some(k) = inner.keys.take() {
             self.shared.deks.remove(&k.file);
         }
@@ -198,7 +199,7 @@ impl<B: Backing> FileCore<B> {
         if inner.file.is_some() {
             return Ok(false);
         }
-        let file = Arc::new(self.shared.backing.open(&self.node, Access::ReadWrite)?);
+        let file = Arc::new(self.shared.backing.open(&inner.node, Access::ReadWrite)?);
         let st = self.shared.backing.stat_file(&file)?;
         (inner.dev, inner.ino) = (st.dev, st.ino);
         inner.file = Some(file);
@@ -337,6 +338,7 @@ impl<B: Backing> FileCore<B> {
 
     fn cut(&self, inner: &mut Inner<B>, keys: &FileKeys, len: u64) -> Result<()> {
         self.shared.backing.truncate(inner.backing_file()?, geometry::backing_size(len))?;
+        self.changes.cut_to(len);
         inner.size = len;
         inner.resized = true;
         self.segments.forget_from(geometry::segment_count(len));
@@ -360,7 +362,7 @@ impl<B: Backing> FileCore<B> {
         if !writable
             && keys.writable
             && !self.shared.read_only
-            && let Ok(file) = self.shared.backing.open(&self.node, Access::ReadWrite)
+            && let Ok(file) = self.shared.backing.open(&inner.node, Access::ReadWrite)
         {
             inner.file = Some(Arc::new(file));
             inner.access = Access::ReadWrite;

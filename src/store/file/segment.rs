@@ -300,6 +300,7 @@ impl<B: Backing> FileCore<B> {
         segment: u64,
         loaded: &mut Loaded,
     ) -> Result<()> {
+        self.changes.wrote(segment);
         let mut next = loaded.state.clone();
         next.sequence += 1;
         let copy = if loaded.state.sequence == 0 { Copy2::A } else { loaded.newest.other() };

@@ -147,7 +147,7 @@ impl<B: Backing> FileCore<B> {
         }
     }
 
-    fn mark_clean(&self, inner: &mut Inner<B>, keys: &FileKeys) -> Result<()> {
+    pub(super) fn mark_clean(&self, inner: &mut Inner<B>, keys: &FileKeys) -> Result<()> {
         self.finish_pending_cut(inner, keys)?;
         if self.is_recovering() {
             // CLEAN forbids the older state copy: every segment's newest must be true first.

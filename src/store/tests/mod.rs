@@ -7,6 +7,7 @@ mod damage;
 mod names;
 mod observe;
 mod outage;
+mod rekey;
 
 use super::keys::{KekKind, Keys, StoreFlags};
 use super::{Node, Store, StoreError, StoreOptions};

@@ -1,0 +1,486 @@
+//! A new DEK under a file that is in use, stopped anywhere, on a full disk, and with other things going on.
+
+use super::*;
+use crate::backing::sim::{Journal, Op, PowerCut};
+use crate::backing::{Access, SetTime, Timestamp, XattrMode};
+use crate::format::damage::Damage;
+use crate::format::geometry;
+use crate::format::ids::FileId;
+use crate::format::names::STORE_DIR;
+use crate::store::file::{FileAllocate, OpenFile};
+use crate::store::rekey::{Name, REKEY_DIR, Rekeyed};
+use crate::store::{Result, SetAttr};
+use std::cell::Cell;
+use std::io;
+
+const NOTHING: &dyn Fn(u64) -> Result<()> = &|_| Ok(());
+
+fn name_in<B: Backing>(s: &Store<B>, dir: &Arc<Node<B>>, name: &[u8]) -> Name<B> {
+    Name { dir: Arc::clone(dir), name: s.encode(dir, name).unwrap().content().into() }
+}
+
+fn name_of<B: Backing>(s: &Store<B>, name: &[u8]) -> Name<B> {
+    name_in(s, &s.root(), name)
+}
+
+fn make<B: Backing>(s: &Store<B>, name: &[u8], content: &[u8]) -> (Arc<Node<B>>, OpenFile<B>) {
+    let (n, _, f) = s.create(&s.root(), name, 0o640, 0, None).unwrap();
+    if !content.is_empty() {
+        f.write(0, content).unwrap();
+    }
+    (n, f)
+}
+
+fn read<B: Backing>(s: &Store<B>, dir: &Arc<Node<B>>, name: &[u8]) -> Vec<u8> {
+    let (n, attr) = s.lookup(dir, name).unwrap();
+    let mut buf = vec![0xee; attr.size as usize + 1];
+    let len = s.open_file(&n, Access::Read).unwrap().read(0, &mut buf).unwrap();
+    buf.truncate(len);
+    buf
+}
+
+fn id_of<B: Backing>(s: &Store<B>, n: &Arc<Node<B>>) -> FileId {
+    s.open_file(n, Access::Read).unwrap().core().file_id().unwrap()
+}
+
+/// How many files lie in the folder.
+fn left_over<B: Backing>(b: &B) -> usize {
+    let own = b.lookup(&b.root().unwrap(), STORE_DIR).unwrap();
+    b.lookup(&own, REKEY_DIR).map_or(0, |f| b.read_dir(&f).unwrap().len())
+}
+
+/// Bytes that differ from block to block.
+fn content(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| (i / 7 + i / 4096 * 13) as u8 ^ seed).collect()
+}
+
+on_each_backing!(everything_but_the_key_stays, open_handles_go_on, changes_while_it_is_copied, all_names_move);
+
+mod bodies {
+    use super::*;
+    use crate::store::tests::Open;
+
+    pub fn everything_but_the_key_stays<B: Backing>(open: Open<'_, B>) {
+        let s = open(None);
+        let want = content(700_000, 1);
+        let (n, f) = make(&s, &long(b'n'), &want);
+        f.allocate(FileAllocate::PunchHole, 200_704, 40_960).unwrap();
+        let mut want = want;
+        want[200_704..241_664].fill(0);
+        drop(f);
+        s.set_xattr(&n, b"user.colour", b"green", XattrMode::Any).unwrap();
+        let t = |sec| SetTime::At(Timestamp { sec, nsec: 123_456_789 });
+        let set = SetAttr { mode: Some(0o2604), atime: t(1000), mtime: t(2000), ..SetAttr::default() };
+        let before = s.setattr(&n, &set, None).unwrap();
+        let dir_before = s.getattr(&s.root()).unwrap();
+        let (old, number) = (id_of(&s, &n), n.number());
+        let copied = Cell::new(0);
+        let step = |bytes| {
+            copied.set(copied.get() + bytes);
+            Ok(())
+        };
+        let done = s.rekey(&name_of(&s, &long(b'n')), &step).unwrap();
+        let Rekeyed::Done { from, file, bytes, .. } = done else { panic!("{done:?}") };
+        assert_eq!((from, bytes, copied.get()), (old, 700_000, 700_000));
+        assert_ne!(file, old);
+        let after = s.getattr(&n).unwrap();
+        let seen = |a: &crate::store::Attr| (a.mode, a.nlink, a.uid, a.gid, a.size, a.atime, a.mtime);
+        assert_eq!(seen(&after), seen(&before));
+        assert_ne!(after.ino, before.ino);
+        assert_eq!(n.number(), number, "who knows the node knows it by its number");
+        assert_eq!(s.getattr(&s.root()).unwrap().mtime, dir_before.mtime);
+        assert_eq!(read(&s, &s.root(), &long(b'n')), want);
+        assert_eq!(left_over(s.backing()), 0);
+        drop(n);
+        s.close().unwrap();
+        drop(s);
+        let s = open(None);
+        assert_eq!(read(&s, &s.root(), &long(b'n')), want);
+        let (n, _) = s.lookup(&s.root(), &long(b'n')).unwrap();
+        assert_eq!(id_of(&s, &n), file);
+        assert_eq!(s.get_xattr(&n, b"user.colour").unwrap(), b"green");
+        let f = s.open_file(&n, Access::Read).unwrap();
+        assert!(f.core().is_clean().unwrap());
+        assert_eq!((f.seek(200_704, true).unwrap(), f.seek(0, false).unwrap()), (241_664, 200_704), "a hole is a hole");
+    }
+
+    pub fn open_handles_go_on<B: Backing>(open: Open<'_, B>) {
+        let s = open(None);
+        let (n, writer) = make(&s, b"f", &content(300_000, 2));
+        let reader = s.open_file(&n, Access::Read).unwrap();
+        let mut want = content(300_000, 2);
+        for round in 0..3 {
+            let old = id_of(&s, &n);
+            assert!(matches!(s.rekey(&name_of(&s, b"f"), NOTHING).unwrap(), Rekeyed::Done { from, .. } if from == old));
+            let (at, data) = (round * 90_000, content(70_000, 77 + round as u8));
+            writer.write(at as u64, &data).unwrap();
+            want[at..at + 70_000].copy_from_slice(&data);
+            let mut buf = vec![0; 300_000];
+            assert_eq!(reader.read(0, &mut buf).unwrap(), 300_000);
+            assert!(buf == want, "round {round}");
+        }
+        writer.set_len(123_456).unwrap();
+        want.truncate(123_456);
+        s.set_xattr(&n, b"user.x", b"y", XattrMode::Any).unwrap();
+        s.link(&n, &s.root(), b"g").unwrap();
+        s.sync_file(&n, &writer).unwrap();
+        drop((writer, reader, n));
+        s.close().unwrap();
+        drop(s);
+        let s = open(None);
+        assert!(read(&s, &s.root(), b"f") == want && read(&s, &s.root(), b"g") == want);
+        let (n, attr) = s.lookup(&s.root(), b"f").unwrap();
+        assert_eq!((attr.nlink, s.get_xattr(&n, b"user.x").unwrap()), (2, b"y".to_vec()));
+    }
+
+    /// Between any two stretches of the copy somebody writes, cuts, grows, punches, and empties the file.
+    pub fn changes_while_it_is_copied<B: Backing>(open: Open<'_, B>) {
+        let s = open(None);
+        for seed in 0..12u64 {
+            let name = [b'a' + seed as u8];
+            let mut want = content(1_500_000, seed as u8);
+            let (n, f) = make(&s, &name, &want);
+            let model = parking_lot::Mutex::new(&mut want);
+            let rng = Cell::new(seed * 7919 + 1);
+            let below = |n: u64| {
+                rng.set(rng.get().wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
+                (rng.get() >> 33) % n
+            };
+            let left = Cell::new(40);
+            let change = |_| {
+                if left.replace(left.get() - 1) <= 0 {
+                    return Ok(());
+                }
+                let mut want = model.lock();
+                let at = below(1_600_000) as usize;
+                match below(8) {
+                    0 => {
+                        f.set_len(at as u64)?;
+                        want.resize(at, 0);
+                    }
+                    1 if seed % 3 == 0 => {
+                        f.set_len(0)?;
+                        want.clear();
+                    }
+                    2 if !want.is_empty() => {
+                        let len = 1 + below(300_000);
+                        f.allocate(FileAllocate::PunchHole, at as u64, len)?;
+                        let end = want.len().min(at + len as usize);
+                        if at < end {
+                            want[at..end].fill(0);
+                        }
+                    }
+                    _ => {
+                        let data = content(1 + below(200_000) as usize, at as u8);
+                        f.write(at as u64, &data)?;
+                        let end = at + data.len();
+                        if want.len() < end {
+                            want.resize(end, 0);
+                        }
+                        want[at..end].copy_from_slice(&data);
+                    }
+                }
+                Ok(())
+            };
+            let done = s.rekey(&name_of(&s, &name), &change).unwrap();
+            assert!(matches!(done, Rekeyed::Done { .. } | Rekeyed::Empty), "{done:?}");
+            assert!(left.get() < 40, "something changed meanwhile");
+            drop((f, n));
+            assert!(read(&s, &s.root(), &name) == want, "seed {seed}");
+        }
+        s.close().unwrap();
+        assert_eq!(left_over(s.backing()), 0);
+    }
+
+    pub fn all_names_move<B: Backing>(open: Open<'_, B>) {
+        let s = open(None);
+        let (d, _) = s.mkdir(&s.root(), b"d", 0o755, 0, None).unwrap();
+        let (n, f) = make(&s, b"one", b"content");
+        s.link(&n, &d, &long(b'2')).unwrap();
+        s.link(&n, &s.root(), b"three").unwrap();
+        assert_eq!(s.rekey(&name_of(&s, b"one"), NOTHING).unwrap(), Rekeyed::Linked);
+        let names = |n: &Arc<Node<B>>| s.names_of(&[n.key()], NOTHING).unwrap().remove(&n.key()).unwrap();
+        let all = names(&n);
+        assert_eq!(all.len(), 3);
+        assert_eq!(s.rekey_all(&all[..2], NOTHING).unwrap(), Rekeyed::Linked);
+        // One more while it is copied.
+        let late = Cell::new(false);
+        let link = |_| if late.replace(true) { Ok(()) } else { s.link(&n, &d, b"late").map(drop) };
+        assert_eq!(s.rekey_all(&all, &link).unwrap(), Rekeyed::Linked);
+        let all = names(&n);
+        assert!(matches!(s.rekey_all(&all, NOTHING).unwrap(), Rekeyed::Done { .. }));
+        assert_eq!(left_over(s.backing()), 0);
+        f.write(0, b"CON").unwrap();
+        for (dir, name) in [(s.root(), b"one".to_vec()), (d, long(b'2')), (s.root(), b"three".to_vec())] {
+            assert_eq!(read(&s, &dir, &name), b"CONtent");
+            let (again, attr) = s.lookup(&dir, &name).unwrap();
+            assert!(Arc::ptr_eq(&again, &n));
+            assert_eq!(attr.nlink, 4);
+        }
+    }
+}
+
+/// A file of which nothing is known to be left: what its number was may be another's, and the two are told apart.
+#[test]
+fn a_number_that_is_still_shown_is_given_to_no_other_node() {
+    let (disk, s) = new_sim();
+    let (n, f) = make(&s, b"f", b"content");
+    drop(f);
+    let number = n.number().unwrap();
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), NOTHING).unwrap(), Rekeyed::Done { .. }));
+    let taken = crate::backing::Stat { ino: number, ..disk.stat(&*n.fd(&disk).unwrap()).unwrap() };
+    let other = s.table.adopt(&taken, None, None);
+    assert_eq!((other.number(), n.number()), (None, Some(number)));
+    assert_ne!(other.id(), n.id());
+    drop((n, other));
+    assert_eq!(s.table.adopt(&taken, None, None).number(), Some(number), "free again with the node");
+}
+
+#[test]
+fn what_has_no_key_is_left_alone() {
+    let (_, s) = new_sim();
+    make(&s, b"empty", b"");
+    s.mkdir(&s.root(), b"d", 0o755, 0, None).unwrap();
+    assert_eq!(s.rekey(&name_of(&s, b"empty"), NOTHING).unwrap(), Rekeyed::Empty);
+    assert_eq!(s.rekey(&name_of(&s, b"d"), NOTHING).unwrap(), Rekeyed::Gone);
+    assert_eq!(s.rekey(&name_of(&s, b"none"), NOTHING).unwrap(), Rekeyed::Gone);
+}
+
+/// A store with one file under a long name and under two more names, which were closed and made durable.
+fn base(linked: bool, journal: Journal) -> SimDisk {
+    let disk = SimDisk::new(SimOptions { journal, ..SimOptions::default() });
+    Store::init(&disk, &root_keys(), KekKind::Sealed, ENCRYPTED).unwrap();
+    let s = open(disk.clone());
+    let (n, f) = make(&s, &long(b'f'), &content(140_000, 3));
+    drop(f);
+    if linked {
+        let (d, _) = s.mkdir(&s.root(), b"d", 0o755, 0, None).unwrap();
+        s.link(&n, &d, b"g").unwrap();
+        s.link(&n, &s.root(), b"h").unwrap();
+    }
+    s.close().unwrap();
+    disk
+}
+
+fn rekey_everything(s: &Store<SimDisk>) -> Result<Rekeyed> {
+    let (n, _) = s.lookup(&s.root(), &long(b'f'))?;
+    let names = s.names_of(&[n.key()], NOTHING)?.remove(&n.key()).unwrap_or_default();
+    s.rekey_all(&names, NOTHING)
+}
+
+/// The file is whole under each of its names, which are one file's; nothing is left over once it was opened for writing.
+fn all_is_well(disk: &SimDisk, linked: bool, what: &str) -> FileId {
+    let want = content(140_000, 3);
+    // Any reader, also one that may finish nothing.
+    let ro = open_with(disk.crash_process(), StoreOptions { read_only: true, ..Default::default() });
+    assert!(read(&ro, &ro.root(), &long(b'f')) == want, "{what}");
+    let s = open(disk.crash_process());
+    assert_eq!(left_over(s.backing()), 0, "{what}");
+    let (n, attr) = s.lookup(&s.root(), &long(b'f')).unwrap();
+    assert!(read(&s, &s.root(), &long(b'f')) == want, "{what}");
+    if linked {
+        assert!(read(&ro, &ro.root(), b"h") == want, "{what}");
+        assert!(read(&ro, &ro.lookup(&ro.root(), b"d").unwrap().0, b"g") == want, "{what}");
+        assert_eq!(attr.nlink, 3, "{what}");
+        let d = s.lookup(&s.root(), b"d").unwrap().0;
+        for (dir, name) in [(&d, b"g"), (&s.root(), b"h")] {
+            assert!(Arc::ptr_eq(&s.lookup(dir, name).unwrap().0, &n), "{what}");
+        }
+    }
+    id_of(&s, &n)
+}
+
+#[test]
+fn stopped_anywhere_the_file_is_whole() {
+    for linked in [false, true] {
+        for journal in [Journal::Ordered, Journal::None] {
+            let base = base(linked, journal);
+            let old = all_is_well(&base, linked, "before");
+            let mut n = 0;
+            loop {
+                let disk = base.crash_process();
+                let s = open(disk.clone());
+                disk.stop_after(disk.operations() + n);
+                let done = rekey_everything(&s);
+                let stopped = disk.is_stopped();
+                drop(s);
+                let what = format!("linked {linked}, {journal:?}, after {n}: {done:?}");
+                let left = all_is_well(&disk, linked, &what);
+                if let Ok(Rekeyed::Done { file, .. }) = done {
+                    assert_eq!(left, file, "{what}");
+                }
+                for seed in 0..4 {
+                    for cut in [PowerCut::Lose, PowerCut::Reorder { tear: true }] {
+                        let what = format!("{what}, power cut {seed} {cut:?}");
+                        let left = all_is_well(&disk.crash_power(seed, cut), linked, &what);
+                        match &done {
+                            Ok(Rekeyed::Done { file, .. }) => assert_eq!(left, *file, "acknowledged: {what}"),
+                            _ if n == 0 => assert_eq!(left, old, "{what}"),
+                            _ => {}
+                        }
+                    }
+                }
+                if !stopped {
+                    assert!(matches!(done, Ok(Rekeyed::Done { .. })), "{what}");
+                    break;
+                }
+                n += 1;
+            }
+            assert!(n > 10, "{n} operations");
+        }
+    }
+}
+
+/// Each operation fails once, and the program goes on: the file is whole, and can be rekeyed afterwards.
+#[test]
+fn any_operation_may_fail() {
+    for linked in [false, true] {
+        for n in 0.. {
+            let disk = base(linked, Journal::Ordered);
+            let s = open(disk.clone());
+            let before = disk.operations();
+            disk.fail_next(None, n, libc::EIO);
+            let done = rekey_everything(&s);
+            let reached = disk.operations() > before + n;
+            disk.clear_faults();
+            assert!(read(&s, &s.root(), &long(b'f')) == content(140_000, 3), "after {n}: {done:?}");
+            assert!(matches!(rekey_everything(&s).unwrap(), Rekeyed::Done { .. }), "after {n}: {done:?}");
+            s.close().unwrap();
+            all_is_well(&disk, linked, &format!("after {n}: {done:?}"));
+            if !reached || n > 1000 {
+                assert!(done.is_ok() && n > 10);
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn on_a_full_disk_nothing_is_lost_and_nothing_stays() {
+    for linked in [false, true] {
+        for extra in [1u64, 4, 20, 34, 36] {
+            let base = base(linked, Journal::Ordered);
+            let s = open(base.clone());
+            let old = id_of(&s, &s.lookup(&s.root(), &long(b'f')).unwrap().0);
+            base.fail_from(Some(Op::Write), extra, libc::ENOSPC);
+            let e = rekey_everything(&s);
+            base.clear_faults();
+            if let Err(e) = &e {
+                assert_eq!(errno(e), Some(libc::ENOSPC), "{e}");
+                assert_eq!(left_over(&base), 0);
+                assert_eq!(all_is_well(&base, linked, "full"), old);
+            }
+            assert!(e.is_err() || extra > 4, "{extra}: {e:?}");
+        }
+    }
+}
+
+#[test]
+fn damage_stops_it_and_is_named() {
+    let (disk, s) = new_sim();
+    make(&s, b"f", &content(300_000, 4));
+    s.close().unwrap();
+    let path = s.read_dir(&s.root()).unwrap()[0].backing.clone();
+    let raw = disk.read_raw(&path).unwrap();
+    disk.flip_bit(&path, geometry::block_offset(50) + 9, 3).unwrap();
+    let damaged = disk.read_raw(&path).unwrap();
+    assert_ne!(raw, damaged);
+    let e = s.rekey(&name_of(&s, b"f"), NOTHING).unwrap_err();
+    assert!(matches!(e, StoreError::Damage(Damage::BlockAuth { block: 50 })), "{e}");
+    assert_eq!(disk.read_raw(&path).unwrap(), damaged, "left as it is");
+    assert_eq!(left_over(&disk), 0);
+}
+
+/// A rotation makes another KEK active while the copy is made.
+#[test]
+fn nothing_appears_under_a_kek_that_is_no_longer_active() {
+    let (disk, s) = new_sim();
+    make(&s, b"f", &content(300_000, 5));
+    let keys = &s.shared().keys;
+    let old = keys.with_active(|k| k.id());
+    let once = Cell::new(false);
+    let rotate = |_| {
+        if !once.replace(true) {
+            let new = keys.stage(&disk, KekKind::Sealed, &[])?;
+            keys.activate(&disk, new)?;
+        }
+        Ok(())
+    };
+    let Rekeyed::Done { kek, .. } = s.rekey(&name_of(&s, b"f"), &rotate).unwrap() else { panic!("not done") };
+    assert_eq!(kek, keys.with_active(|k| k.id()));
+    assert_ne!(kek, old);
+    assert_eq!(read(&s, &s.root(), b"f"), content(300_000, 5));
+    assert_eq!(left_over(&disk), 0);
+}
+
+#[test]
+fn who_ends_it_early_leaves_the_file_as_it_was() {
+    let (disk, s) = new_sim();
+    let (n, _f) = make(&s, b"f", &content(2_000_000, 6));
+    let old = id_of(&s, &n);
+    let calls = Cell::new(0);
+    let stop = |_| {
+        calls.set(calls.get() + 1);
+        if calls.get() == 3 { Err(StoreError::Backing(io::Error::from_raw_os_error(libc::ECANCELED))) } else { Ok(()) }
+    };
+    assert_eq!(errno(&s.rekey(&name_of(&s, b"f"), &stop).unwrap_err()), Some(libc::ECANCELED));
+    assert_eq!((id_of(&s, &n), left_over(&disk)), (old, 0));
+    // And it can be begun anew.
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), NOTHING).unwrap(), Rekeyed::Done { .. }));
+}
+
+/// Threads that read, write, look, and change attributes while the file is rekeyed again and again.
+#[test]
+fn readers_and_writers_at_work() {
+    let disk = new_disk(ENCRYPTED);
+    let s = open(disk);
+    let (n, f) = make(&s, b"f", &vec![0u8; 64 * 4096]);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let going = || !stop.load(std::sync::atomic::Ordering::Relaxed);
+    let written = std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..2u64)
+            .map(|w| {
+                let (f, s) = (&f, &s);
+                scope.spawn(move || {
+                    // Each has the blocks of its parity, and remembers what it last put there.
+                    let mut last = [0u8; 64];
+                    let mut round = 0u64;
+                    while going() || round < 200 {
+                        let block = (round * 17 % 32) * 2 + w;
+                        let value = 1 + (round % 250) as u8;
+                        f.write(block * 4096, &[value; 4096]).unwrap();
+                        last[block as usize] = value;
+                        let (again, attr) = s.lookup(&s.root(), b"f").unwrap();
+                        assert_eq!((again.number(), attr.size, attr.nlink), (again.number(), 64 * 4096, 1));
+                        round += 1;
+                    }
+                    last
+                })
+            })
+            .collect();
+        let attributes = scope.spawn(|| {
+            let mut i = 0u32;
+            while going() || i == 0 {
+                i += 1;
+                s.set_xattr(&n, b"user.count", &i.to_le_bytes(), XattrMode::Any).unwrap();
+                s.setattr(&n, &SetAttr { mode: Some(0o600 | (i & 0o77)), ..SetAttr::default() }, None).unwrap();
+                assert_eq!(s.get_xattr(&n, b"user.count").unwrap(), i.to_le_bytes());
+            }
+            i
+        });
+        for _ in 0..25 {
+            let done = s.rekey(&name_of(&s, b"f"), NOTHING).unwrap();
+            assert!(matches!(done, Rekeyed::Done { .. }), "{done:?}");
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let i = attributes.join().unwrap();
+        assert_eq!(s.getattr(&n).unwrap().mode, 0o600 | (i & 0o77));
+        assert_eq!(s.get_xattr(&n, b"user.count").unwrap(), i.to_le_bytes());
+        writers.into_iter().map(|w| w.join().unwrap()).collect::<Vec<_>>()
+    });
+    let got = read(&s, &s.root(), b"f");
+    for (block, data) in got.chunks(4096).enumerate() {
+        let want = written[block % 2][block];
+        assert!(data.iter().all(|b| *b == want), "block {block}");
+    }
+}

@@ -1,5 +1,6 @@
 //! The command line, as clap reads it. Help texts here are what users and the manual page show.
 
+use crate::format::ids::KekId;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
@@ -28,6 +29,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Re-wrap every file's key under a new KEK, mounted or not
     Rotate(RotateArgs),
+    /// Give files new keys and encrypt their content anew, for when a key may have leaked
+    Rekey(RekeyArgs),
     /// List, add, remove and refresh root keys; destroy KEKs and close them for trial; export and import the keyring; check reports
     #[command(subcommand)]
     Key(KeyCommand),
@@ -296,6 +299,37 @@ pub struct RotateArgs {
     /// One JSON object at the end
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RekeyArgs {
+    /// Files and directories of one mounted store; directories with all that is in them
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
+    /// Only files whose content was last changed before DATE, such as 2026-11-24 or 2026-11-24T18:00:00+01:00
+    #[arg(long, value_name = "DATE", value_parser = date)]
+    pub written_before: Option<(i64, u32)>,
+    /// Only files whose key is wrapped under this KEK now
+    #[arg(long, value_name = "KEKID")]
+    pub kek: Option<KekId>,
+    /// N worker threads
+    #[arg(long, value_name = "N")]
+    pub jobs: Option<NonZeroUsize>,
+    /// Count what would be done, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Begin anew; without: go on with an unfinished rekey of the same paths and options
+    #[arg(long)]
+    pub restart: bool,
+    /// One JSON object at the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A date, or a date and time.
+fn date(text: &str) -> Result<(i64, u32), String> {
+    let bad = "not a date such as 2026-11-24, or a date and time such as 2026-11-24T18:00:00Z";
+    crate::format::time::parse_rfc3339(text).ok_or_else(|| bad.to_owned())
 }
 
 #[derive(Debug, Subcommand)]

@@ -68,10 +68,10 @@ impl Exit {
             Exit::Denied => "access denied, by the key service or the operating system",
             Exit::Locked => "store locked by another process",
             Exit::Damage => "damage found",
-            Exit::RotationIncomplete => "rotation incomplete: cancelled, or files could not be moved",
+            Exit::RotationIncomplete => "rotation or rekey incomplete: cancelled, or files could not be dealt with",
             Exit::NotMounted => "not mounted",
             Exit::MountPoint => "mount point cannot be used",
-            Exit::Busy => "busy: files of the mount are open, or a rotation is under way",
+            Exit::Busy => "busy: files of the mount are open, or a rotation or a rekey is under way",
             Exit::RootKey => {
                 "root key unusable: no such key, mode too open, wrong length, no passphrase or credentials to be had"
             }
@@ -95,7 +95,7 @@ impl From<FaultKind> for Exit {
             FaultKind::Denied => Exit::Denied,
             FaultKind::Locked => Exit::Locked,
             FaultKind::Damage | FaultKind::AuditLog | FaultKind::Report => Exit::Damage,
-            FaultKind::RotationIncomplete => Exit::RotationIncomplete,
+            FaultKind::RotationIncomplete | FaultKind::RekeyIncomplete => Exit::RotationIncomplete,
             FaultKind::NotMounted => Exit::NotMounted,
             FaultKind::MountPoint | FaultKind::MountTaken => Exit::MountPoint,
             FaultKind::Busy | FaultKind::RotationRunning => Exit::Busy,

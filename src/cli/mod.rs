@@ -23,6 +23,7 @@ mod policy;
 pub mod place;
 pub mod progress;
 pub mod recovery;
+pub mod rekey;
 pub mod report;
 pub mod root_keys;
 pub mod rotate;
@@ -84,6 +85,7 @@ fn run(c: Command, after: &[OsString]) -> Result<Exit, Fault> {
         Command::Unlock(a) => lock::unlock(&a),
         Command::Status(a) => status::run(&a),
         Command::Rotate(a) => rotate::run(&a),
+        Command::Rekey(a) => rekey::run(&a),
         Command::Key(c) => key::run(&c),
         Command::Check(a) => check::run(&a),
         Command::Audit(args::AuditCommand::Verify(a)) => audit::verify(&a),
@@ -108,6 +110,7 @@ fn subject(c: &Command) -> String {
         Command::Unlock(a) => p(&a.target),
         Command::Status(a) => p(&a.target),
         Command::Rotate(a) => p(&a.target),
+        Command::Rekey(a) => a.paths.first().map(|f| p(f)).unwrap_or_default(),
         Command::Key(args::KeyCommand::List { target, .. }) => p(target),
         Command::Key(args::KeyCommand::VerifyReport { file, target, .. }) => p(target.as_ref().unwrap_or(file)),
         Command::Key(args::KeyCommand::Add { target, .. }) => p(target),

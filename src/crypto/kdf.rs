@@ -40,6 +40,8 @@ pub mod label {
     pub const AUDIT_SEAL: &str = "envelopefs/v1/audit-seal";
     /// Store secret → key of the seals of rotations' reports.
     pub const ROTATION_REPORT: &str = "envelopefs/v1/rotation-report";
+    /// Store secret → key of the seals in journals of rekeys.
+    pub const REKEY_JOURNAL: &str = "envelopefs/v1/rekey-journal";
 }
 
 /// HKDF-Expand of 32 bytes with `label ‖ 0x00 ‖ context`, into fresh secret memory.

@@ -19,7 +19,7 @@ use crate::kms::guard;
 use crate::kms::recovery::RecoveryKey;
 use crate::kms::services::Services;
 use crate::kms::{ConnectOptions, KeyProvider, PassphraseSource, RootKeyUri, passphrase};
-use crate::rotation::{self, Destruction, Staged, When};
+use crate::rotation::{self, Destruction, Staged, When, rekey};
 use crate::store::keys::Confirmation;
 use crate::store::shared::Shared;
 use crate::store::{Store, StoreError};
@@ -70,6 +70,7 @@ impl Handler for Control {
             Request::KekDestroy { id, when, confirm } => {
                 self.kek_destroy(&id, when, &confirm, client).map(Reply::Destruction)
             }
+            Request::Rekey(r) => self.rekey(&r, client).map(|r| Reply::Rekeyed(Box::new(r))),
             Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
             Request::AuditHead => Ok(Reply::AuditHead(self.audit_head())),
             Request::Seals { of, seals } => Ok(Reply::Seals(self.genuine(of, &seals))),
@@ -78,7 +79,7 @@ impl Handler for Control {
     }
 }
 
-/// A scan that a client waits for.
+/// Work that a client waits for.
 struct Watched<'a> {
     client: Mutex<&'a mut Client>,
     control: &'a rotation::Control,
@@ -88,7 +89,7 @@ impl rotation::Progress for Watched<'_> {
     fn update(&self, s: &rotation::Status) {
         let mut client = self.client.lock();
         if client.is_gone() || client.send(&Reply::Progress(Box::new(s.clone()))).is_err() {
-            tracing::info!("the client that waits for a scan has gone: cancelling it");
+            tracing::info!("the client that waits for a scan or a rekey has gone: cancelling it");
             self.control.cancel();
         }
     }
@@ -271,6 +272,14 @@ impl Control {
             // No scan, and not to be kept waiting by one.
             When::After(_) | When::Never => end(&(), &rotation::Control::new()),
         }
+    }
+
+    /// The client hears how it gets on, and ends it by going away; what is done stays done.
+    fn rekey(&self, r: &rekey::Request, client: &mut Client) -> Result<rekey::RekeyReport, Fault> {
+        self.job.rekey(|control| {
+            let teller = Watched { client: Mutex::new(client), control };
+            rekey::rekey(&self.store, r, &teller, control).map_err(|e| Fault::store(&self.mountpoint, &e))
+        })
     }
 
     fn key_refresh(&self, dry_run: bool) -> Result<RefreshReport, Fault> {

@@ -33,6 +33,8 @@ pub enum FaultKind {
     Report,
     /// A rotation was stopped or could not move every file.
     RotationIncomplete,
+    /// A rekey was stopped or could not deal with every file.
+    RekeyIncomplete,
     /// Nothing of ours is mounted there.
     NotMounted,
     /// The mount point cannot be used.

@@ -29,6 +29,8 @@ struct Inner {
 /// What keeps rotations out while it is under way, besides rotations.
 struct Other {
     control: Arc<Control>,
+    /// In words.
+    what: &'static str,
     /// Nobody waits for it: it gives way to whoever comes.
     yields: bool,
 }
@@ -109,7 +111,15 @@ impl Job {
     /// # Errors
     /// [`FaultKind::RotationRunning`] if one is under way; [`FaultKind::KeysLocked`]; those of `scan`.
     pub fn alone<R>(&self, scan: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
-        self.without_rotation(false, scan)
+        self.without_rotation(("headers of this store are being scanned for key destroy", false), scan)
+    }
+
+    /// Runs `work`, a rekey, on this thread, while no rotation is under way and none can begin.
+    ///
+    /// # Errors
+    /// As [`Job::alone`].
+    pub fn rekey<R>(&self, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
+        self.without_rotation(("files of this store are being rekeyed", false), work)
     }
 
     /// As [`Job::alone`], for small work that nobody waits for: it is cancelled when something else is to begin.
@@ -117,10 +127,14 @@ impl Job {
     /// # Errors
     /// As [`Job::alone`].
     pub fn in_between<R>(&self, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
-        self.without_rotation(true, work)
+        self.without_rotation(("headers of this store are being moved", true), work)
     }
 
-    fn without_rotation<R>(&self, yields: bool, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
+    fn without_rotation<R>(
+        &self,
+        (what, yields): (&'static str, bool),
+        work: impl FnOnce(&Control) -> Result<R, Fault>,
+    ) -> Result<R, Fault> {
         struct End<'a>(&'a Job);
         impl Drop for End<'_> {
             fn drop(&mut self) {
@@ -132,7 +146,7 @@ impl Job {
         {
             let mut inner = self.inner.lock();
             self.make_way(&mut inner)?;
-            inner.other = Some(Other { control: control.clone(), yields });
+            inner.other = Some(Other { control: control.clone(), what, yields });
         }
         let _end = End(self);
         work(&control)
@@ -145,8 +159,7 @@ impl Job {
     fn make_way(&self, inner: &mut MutexGuard<'_, Inner>) -> Result<(), Fault> {
         while let Some(o) = &inner.other {
             if !o.yields {
-                let text = "headers of this store are being scanned for key destroy";
-                return Err(Fault::new(FaultKind::RotationRunning, text));
+                return Err(Fault::new(FaultKind::RotationRunning, o.what));
             }
             o.control.cancel();
             self.changed.wait(inner);

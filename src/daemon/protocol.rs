@@ -8,7 +8,7 @@ use crate::crypto::seal::SealKey;
 use crate::crypto::secret::StoreSecret;
 use crate::format::ids::KekId;
 use crate::format::keyring::KekKind;
-use crate::rotation::{Destruction, Report, SealedReport, Staged, Status, When, sealed};
+use crate::rotation::{Destruction, Report, SealedReport, Staged, Status, When, rekey, sealed};
 use crate::store::keys::RefreshedRoot;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
@@ -79,6 +79,8 @@ pub enum Request {
         /// Look only.
         dry_run: bool,
     },
+    /// Give files new DEKs.
+    Rekey(rekey::Request),
     /// Prove that no header needs the KEK with this id, and destroy it; or schedule that, or take it back.
     KekDestroy {
         id: String,
@@ -252,6 +254,8 @@ pub enum Reply {
     Staged(Staged),
     /// What became of the KEK.
     Destruction(Destruction),
+    /// How a rekey ended.
+    Rekeyed(Box<rekey::RekeyReport>),
     /// What became of each root key.
     Refreshed(RefreshReport),
     Metrics(String),

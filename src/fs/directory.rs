@@ -90,13 +90,18 @@ impl<B: Backing> EnvelopeFs<B> {
         let snapshot = self.snapshot(node, offset)?;
         let rest = snapshot.after(offset.max(DOT_DOT));
         for (next, e) in rest {
-            let ino = e.ino;
+            let ino = self.number_in_listing(e.ino);
             if !take(DirItem { name: &e.name, ino, kind: e.kind, next: *next }) {
                 break;
             }
         }
         self.done_if_at_end(node, rest.len());
         Ok(())
+    }
+
+    /// The number that stat shows for an inode of the backing directory.
+    fn number_in_listing(&self, ino: u64) -> u64 {
+        self.store.renumbered(self.inodes.device(), ino).map_or(ino, |n| self.inodes.id_of(&n))
     }
 
     /// As [`EnvelopeFs::read_dir`], with attributes. Each entry that `take` takes counts as one lookup.

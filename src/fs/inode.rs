@@ -94,6 +94,11 @@ impl<B: Backing> Inodes<B> {
         (dev == self.device && ino > ROOT && ino < UPPER).then_some(ino)
     }
 
+    /// The backing directory's device.
+    pub(super) fn device(&self) -> u64 {
+        self.device
+    }
+
     pub(super) fn get(&self, id: u64) -> Option<Arc<Inode<B>>> {
         Some(self.map.read().get(&id)?.inode.clone())
     }

@@ -31,6 +31,7 @@
 //! | `run` | all of it in order | yes |
 //! | `restored` | headers that an old backup brought back, moved as they are found | yes |
 //! | `destroy` | one KEK gone, after a fresh scan of its own | yes |
+//! | [`rekey`] | new DEKs and content encrypted anew, for files and trees | yes |
 
 pub mod control;
 mod courtesy;
@@ -47,6 +48,7 @@ mod path;
 mod patience;
 mod plan;
 pub mod record;
+pub mod rekey;
 pub mod report;
 mod restored;
 mod rewrap;

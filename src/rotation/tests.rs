@@ -8,6 +8,7 @@ mod external;
 mod floor;
 mod live;
 mod refuse;
+mod rekey;
 mod restored;
 mod staged;
 mod steer;

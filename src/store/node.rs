@@ -349,6 +349,11 @@ impl<B: Backing> Table<B> {
         self.shard(key).lock().get(&key)?.upgrade()
     }
 
+    /// The live node of an inode, if users may know it, or another one, by a number that is not its inode's.
+    pub fn renumbered(&self, key: InodeKey) -> Option<Arc<Node<B>>> {
+        if self.kept.lock().is_empty() { None } else { self.get(key) }
+    }
+
     /// The node of an inode that was just seen at `at`, or that `fd` refers to. The caller holds the lock of the
     /// directory in `at`, so that the name is still true.
     pub fn adopt(self: &Arc<Self>, st: &Stat, at: Option<Location<B>>, fd: Option<Arc<B::Node>>) -> Arc<Node<B>> {

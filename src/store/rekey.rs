@@ -24,7 +24,7 @@ pub use links::Names;
 use super::dir::lock_dirs;
 use super::error::{Result, StoreError};
 use super::file::{Finished, Fresh};
-use super::header::{Source, read_slots, unwrap_slot};
+use super::header::{Source, is_unborn, read_slots, unwrap_slot};
 use super::node::{Location, Node};
 use super::open::{Store, is, kernel, own_folder};
 use crate::backing::{Access, Backing, Kind, SetTime};
@@ -294,13 +294,55 @@ impl<B: Backing> Store<B> {
         Ok(true)
     }
 
+    /// The live node of an inode that users may know by another number than the backing inode's.
+    pub fn renumbered(&self, dev: u64, ino: u64) -> Option<Arc<Node<B>>> {
+        self.table.renumbered((dev, ino))
+    }
+
     /// Whether an attribute of a backing inode is one that the store keeps there.
     fn is_ours(&self, xattr: &[u8]) -> bool {
         !matches!(self.xattrs.decode_name(xattr), FoundXattr::Foreign)
     }
 
-    /// The folder, made on first need.
-    fn rekey_folder(&self) -> Result<Arc<B::Node>> {
+    /// The name `name` of what lies in `dir`.
+    ///
+    /// # Errors
+    /// Those of [`Store::lookup`].
+    pub fn name_of(&self, dir: &Arc<Node<B>>, name: &[u8]) -> Result<Name<B>> {
+        Ok(Name { dir: Arc::clone(dir), name: self.encode(dir, name)?.content().into() })
+    }
+
+    /// A name of the node, if one is known.
+    pub fn whereabouts(&self, node: &Node<B>) -> Option<Name<B>> {
+        node.location().map(|l| Name { dir: l.parent, name: l.name })
+    }
+
+    /// The header slot of a regular file that counts, without any key; `None` if the file has no header.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if the file is gone; damage of the header; the backing directory's.
+    pub fn header_of(&self, node: &Arc<Node<B>>) -> Result<Option<Slot>> {
+        let b = self.backing();
+        let read = (|| {
+            let file = b.open(&*node.fd(b)?, Access::Read)?;
+            let Some((pair, _)) = read_slots(b, &file, Source::Cache)? else { return Ok(None) };
+            match pair.authoritative() {
+                Err(d) if is_unborn(b.stat_file(&file)?.size, &d) => Ok(None),
+                slot => Ok(Some(slot?.1.clone())),
+            }
+        })();
+        match read {
+            // Known by a name that leads nowhere any more.
+            Err(StoreError::Backing(e)) if is(&e, libc::ESTALE) => Err(StoreError::NotFound),
+            other => other,
+        }
+    }
+
+    /// The folder of files that are being made, made on first need.
+    ///
+    /// # Errors
+    /// The backing directory's.
+    pub fn rekey_folder(&self) -> Result<Arc<B::Node>> {
         let mut folder = self.rekey_dir.lock();
         if let Some(f) = &*folder {
             return Ok(Arc::clone(f));

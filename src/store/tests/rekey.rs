@@ -15,12 +15,8 @@ use std::io;
 
 const NOTHING: &dyn Fn(u64) -> Result<()> = &|_| Ok(());
 
-fn name_in<B: Backing>(s: &Store<B>, dir: &Arc<Node<B>>, name: &[u8]) -> Name<B> {
-    Name { dir: Arc::clone(dir), name: s.encode(dir, name).unwrap().content().into() }
-}
-
 fn name_of<B: Backing>(s: &Store<B>, name: &[u8]) -> Name<B> {
-    name_in(s, &s.root(), name)
+    s.name_of(&s.root(), name).unwrap()
 }
 
 fn make<B: Backing>(s: &Store<B>, name: &[u8], content: &[u8]) -> (Arc<Node<B>>, OpenFile<B>) {

@@ -87,6 +87,7 @@ fn output_with_a_mount_is_as_documented() {
     check(&b, "rotate mnt --dry-run --json", "rotate --json");
     check(&b, "inspect back/f --json", "inspect --json");
     check(&b, "rotate mnt --status --json", "rotate --status --json");
+    check(&b, "rekey mnt --json", "rekey --json");
     b.ok("unmount mnt");
     // With something waived.
     fs::write(b.path("back/f"), [0xff; 5000]).unwrap();

@@ -9,6 +9,7 @@ mod lifecycle;
 mod lock;
 mod memory;
 mod recovery;
+mod rekey;
 mod report;
 pub mod support;
 pub mod terminal;

@@ -1,0 +1,111 @@
+//! `rekey`: through the daemon of the mount that the paths lie in.
+
+use super::args::RekeyArgs;
+use super::output;
+use super::place::Place;
+use super::progress::Meter;
+use crate::daemon::fault::{Fault, FaultKind};
+use crate::daemon::mounts;
+use crate::daemon::protocol::{Reply, Request};
+use crate::rotation::Status;
+use crate::rotation::rekey::{self, RekeyCounts, RekeyOutcome, RekeyReport};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// Why a rotation would not have done, and what this has not.
+const WHY: &str = "\
+rotate alone does not help after a leak: it wraps the same file keys anew, so whoever had a file's key, or the KEK and
+a copy of the header, could read on. The files rekeyed now have keys that nobody had. What was copied before (backups,
+snapshots, blocks that the disk has not overwritten yet) stays readable with the old keys. If the KEK itself leaked, let
+rotate come first and then rekey: new file keys are wrapped under the KEK that is active.
+";
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// [`FaultKind::RekeyIncomplete`] if files are left; [`FaultKind::NotMounted`]; [`FaultKind::RotationRunning`]; the
+/// store's.
+pub fn run(a: &RekeyArgs) -> Result<(), Fault> {
+    let (mountpoint, paths) = below_one_mount(&a.paths)?;
+    let place = Place::find(&mountpoint)?;
+    let connection = place.connect()?.ok_or_else(|| not_mounted(&mountpoint))?;
+    let request = rekey::Request {
+        paths,
+        written_before: a.written_before,
+        kek: a.kek,
+        jobs: a.jobs,
+        dry_run: a.dry_run,
+        restart: a.restart,
+    };
+    let meter = Meter::new(a.json);
+    let reply = connection.ask(&Request::Rekey(request), |s| show(&meter, s))?;
+    meter.end();
+    match reply {
+        Reply::Rekeyed(r) => finish(&r, a),
+        _ => Err(Fault::new(FaultKind::Daemon, "the daemon did not say how the rekey ended")),
+    }
+}
+
+fn not_mounted(path: &Path) -> Fault {
+    Fault::new(FaultKind::NotMounted, format!("{}: not in a mounted store of ours", path.display()))
+}
+
+/// The mount point that all paths lie in, and the paths below it.
+fn below_one_mount(paths: &[PathBuf]) -> Result<(PathBuf, Vec<Vec<u8>>), Fault> {
+    let mounts = mounts::list().map_err(|e| Fault::io("read", Path::new("/proc/self/mountinfo"), &e))?;
+    let (mut at, mut below): (Option<PathBuf>, Vec<Vec<u8>>) = (None, Vec::new());
+    for p in paths {
+        let found = mounts::resolve(p).map_err(|e| Fault::io("find", p, &e))?;
+        // The deepest mount counts, and of several at one place the newest.
+        let inside = mounts.iter().filter(|m| found.starts_with(&m.mountpoint));
+        let mount = inside.max_by_key(|m| m.mountpoint.as_os_str().len()).filter(|m| m.is_ours());
+        let mount = mount.ok_or_else(|| not_mounted(p))?;
+        if at.as_ref().is_some_and(|other| *other != mount.mountpoint) {
+            let text = format!("{}: in another store than the first path; rekey one store at a time", p.display());
+            return Err(Fault::new(FaultKind::Usage, text));
+        }
+        let rest = found.strip_prefix(&mount.mountpoint).unwrap_or(Path::new(""));
+        below.push(rest.as_os_str().as_bytes().to_vec());
+        at = Some(mount.mountpoint.clone());
+    }
+    let at = at.ok_or_else(|| Fault::new(FaultKind::Usage, "no path was given"))?;
+    Ok((at, below))
+}
+
+fn show(meter: &Meter, s: &Status) {
+    meter.update(s.counts.scanned, None, &format!("{} rekeyed, {:.1} MB/s", s.counts.rewrapped, s.rate / 1e6));
+}
+
+fn finish(r: &RekeyReport, a: &RekeyArgs) -> Result<(), Fault> {
+    if a.json {
+        output::print_json(r)?;
+    } else {
+        output::print(&text(r))?;
+    }
+    let why = match r.outcome {
+        RekeyOutcome::Complete | RekeyOutcome::DryRun => return Ok(()),
+        RekeyOutcome::Cancelled => "the rekey was cancelled".to_owned(),
+        RekeyOutcome::Incomplete => format!("{} files could not be rekeyed and are as they were", r.failures_total),
+    };
+    Err(Fault::new(FaultKind::RekeyIncomplete, why))
+}
+
+fn text(r: &RekeyReport) -> String {
+    let c = &r.counts;
+    let mut t = String::new();
+    if r.resumed {
+        t += &format!("went on with an unfinished rekey: {} files were done before\n", c.done_before);
+    }
+    let done = if r.outcome == RekeyOutcome::DryRun { "dry run: to be rekeyed" } else { "rekeyed" };
+    t += &format!("{done}: {} files, {} bytes{}\n", c.rekeyed, c.bytes, besides(c));
+    for f in &r.failures {
+        t += &format!("failed: {}: {} ({})\n", f.path, f.message, f.code);
+    }
+    t + WHY
+}
+
+/// What else was met.
+fn besides(c: &RekeyCounts) -> String {
+    let others = [(c.skipped, "do not meet the criteria"), (c.empty, "are empty"), (c.vanished, "went away")];
+    others.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("; {n} {what}")).collect()
+}

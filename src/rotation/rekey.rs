@@ -1,0 +1,510 @@
+//! A run of `rekey`: files, trees, or what meets some criteria gets new DEKs, file by file ([`crate::store::rekey`]).
+//!
+//! It walks the store by its own names, as users do, so it needs nothing to be held still. What is renamed while it walks
+//! may be missed or met twice, so a file is known by its id: what was done is not done again, and a second walk, which
+//! looks at headers only, finds what the first has missed. What is moved during the second one too can escape both. Files with several names are collected, and their names found by one walk over the whole store for
+//! many of them.
+
+mod journal;
+
+use super::control::Control;
+use super::report::{Counts, FAILURES_MAX, Failure, Progress, State, Status};
+use crate::backing::{Backing, Kind, Timestamp};
+use crate::format::ids::{FileId, KekId, StoreId};
+use crate::store::node::InodeKey;
+use crate::store::rekey::{Name, Rekeyed};
+use crate::store::{Node, Result, Store, StoreError};
+use journal::Journal;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Workers if nobody says how many: enough for one to copy while others wait for the disk.
+const JOBS: usize = 4;
+/// Files with several names whose names are found by one walk.
+const LINKED_MAX: usize = 4096;
+/// How often names are looked for that change all the time.
+const LOOKS: usize = 3;
+/// How often progress is told.
+const TICK: Duration = Duration::from_millis(250);
+
+/// What a run is asked.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Paths from the root of the store: files, or directories with all below them. An empty path is the root.
+    pub paths: Vec<Vec<u8>>,
+    /// Only files whose content was last changed before: seconds and nanoseconds since the epoch.
+    pub written_before: Option<(i64, u32)>,
+    /// Only files whose DEK is wrapped under this KEK now.
+    pub kek: Option<KekId>,
+    /// Worker threads.
+    pub jobs: Option<NonZeroUsize>,
+    /// Count only, change nothing.
+    pub dry_run: bool,
+    /// Do again what an unfinished run of the same request has done.
+    pub restart: bool,
+}
+
+impl Request {
+    /// What makes two runs the same.
+    fn identity(&self) -> Vec<u8> {
+        let mut paths = self.paths.clone();
+        paths.sort();
+        serde_json::to_vec(&(paths, self.written_before, self.kek)).unwrap_or_default()
+    }
+}
+
+/// What became of files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RekeyCounts {
+    /// Regular files met; one with several names counts for each that was met.
+    pub scanned: u64,
+    /// Files with a new DEK; in a dry run those that would get one.
+    pub rekeyed: u64,
+    /// Bytes of their content.
+    pub bytes: u64,
+    /// Files that do not meet the criteria.
+    pub skipped: u64,
+    /// Files that an earlier part of this run has done.
+    pub done_before: u64,
+    /// Empty files: they have no DEK.
+    pub empty: u64,
+    /// Files that went away meanwhile.
+    pub vanished: u64,
+    /// Files and directories that could not be dealt with; they are as they were.
+    pub failed: u64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RekeyOutcome {
+    Complete,
+    /// Some file could not be dealt with. Exit code 9.
+    Incomplete,
+    /// Stopped on request. Exit code 9.
+    Cancelled,
+    DryRun,
+}
+
+/// The account of a run. `rekey --json`; stable.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RekeyReport {
+    pub outcome: RekeyOutcome,
+    pub store: StoreId,
+    /// Version of the program.
+    pub version: String,
+    /// An unfinished run of the same request was taken up.
+    pub resumed: bool,
+    /// Seconds since the epoch.
+    pub started: u64,
+    pub finished: u64,
+    pub counts: RekeyCounts,
+    /// Failures, at most [`FAILURES_MAX`] of them; paths are from the root of the store.
+    pub failures: Vec<Failure>,
+    /// All failures, also those not named.
+    pub failures_total: u64,
+}
+
+/// A file to look at.
+struct Item<B: Backing> {
+    name: Name<B>,
+    node: Arc<Node<B>>,
+    path: String,
+}
+
+/// Files with several names, each by one of them.
+type Linked<B> = HashMap<InodeKey, Item<B>>;
+
+struct Run<'a, B: Backing> {
+    store: &'a Store<B>,
+    request: &'a Request,
+    control: &'a Control,
+    journal: Option<Journal<'a, B>>,
+    counts: Mutex<RekeyCounts>,
+    failures: Mutex<Vec<Failure>>,
+    linked: Mutex<Linked<B>>,
+    /// Ids of files with several names that are done: another of their names will be met.
+    linked_done: Mutex<HashSet<FileId>>,
+    /// Files that failed: the second walk passes them over.
+    gave_up: Mutex<HashSet<InodeKey>>,
+    /// The second walk is under way.
+    second: bool,
+    copied: AtomicU64,
+    began: Instant,
+}
+
+fn cancelled() -> StoreError {
+    io::Error::from_raw_os_error(libc::ECANCELED).into()
+}
+
+fn is_cancelled(e: &StoreError) -> bool {
+    matches!(e, StoreError::Backing(e) if e.raw_os_error() == Some(libc::ECANCELED))
+}
+
+fn shown(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Rekeys what `request` asks for in a store that is in use. No rotation may run meanwhile. What is done stays done
+/// whatever happens; a run that was cancelled, killed, or has failures is gone on with by the next one of the same request.
+///
+/// # Errors
+/// [`StoreError::ReadOnly`]; that a path leads nowhere; the backing directory's for the journal. What goes wrong with one
+/// file is in the report.
+pub fn rekey<B: Backing>(
+    store: &Store<B>,
+    request: &Request,
+    progress: &dyn Progress,
+    control: &Control,
+) -> Result<RekeyReport> {
+    let shared = store.shared();
+    if shared.read_only && !request.dry_run {
+        return Err(StoreError::ReadOnly);
+    }
+    let roots = request.paths.iter().map(|p| find(store, p)).collect::<Result<Vec<_>>>()?;
+    let journal = match request.dry_run {
+        true => None,
+        false => Some(Journal::open(
+            &shared.backing,
+            store.rekey_folder()?,
+            shared.keys.secret(),
+            &request.identity(),
+            request.restart,
+        )?),
+    };
+    let mut run = Run {
+        store,
+        request,
+        control,
+        journal,
+        counts: Mutex::default(),
+        failures: Mutex::default(),
+        linked: Mutex::default(),
+        linked_done: Mutex::default(),
+        gave_up: Mutex::default(),
+        second: false,
+        copied: AtomicU64::new(0),
+        began: Instant::now(),
+    };
+    let started = now();
+    let resumed = run.journal.as_ref().is_some_and(Journal::is_resumed);
+    let mut ended = run.all(roots.clone(), progress);
+    if let (Ok(()), Some(j)) = (&ended, &mut run.journal) {
+        j.look_again()?;
+        run.second = true;
+        ended = run.all(roots, progress);
+    }
+    progress.update(&run.status());
+    let counts = run.counts.into_inner();
+    let outcome = match (ended, counts.failed) {
+        (Err(e), _) if is_cancelled(&e) => RekeyOutcome::Cancelled,
+        (Err(e), _) => return Err(e),
+        (Ok(()), _) if request.dry_run => RekeyOutcome::DryRun,
+        (Ok(()), 0) => RekeyOutcome::Complete,
+        (Ok(()), _) => RekeyOutcome::Incomplete,
+    };
+    if let (RekeyOutcome::Complete, Some(j)) = (outcome, run.journal) {
+        j.remove();
+    }
+    Ok(RekeyReport {
+        outcome,
+        store: shared.keys.store_id(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        resumed,
+        started,
+        finished: now(),
+        counts,
+        failures: run.failures.into_inner(),
+        failures_total: counts.failed,
+    })
+}
+
+/// What lies at a path from the root: its node, and its name unless it is the root itself.
+type Found<B> = (Arc<Node<B>>, Option<Name<B>>, String);
+
+fn find<B: Backing>(store: &Store<B>, path: &[u8]) -> Result<Found<B>> {
+    let (mut at, mut name) = (store.root(), None);
+    for part in path.split(|c| *c == b'/').filter(|p| !p.is_empty()) {
+        let (node, _) = store.lookup(&at, part)?;
+        name = Some(store.name_of(&at, part)?);
+        at = node;
+    }
+    Ok((at, name, shown(path)))
+}
+
+impl<B: Backing> Run<'_, B> {
+    fn all(&self, roots: Vec<Found<B>>, progress: &dyn Progress) -> Result<()> {
+        let jobs = self.request.jobs.map_or(JOBS, NonZeroUsize::get);
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let work = scope.spawn(|| {
+                let r = self.walk_and_work(roots, jobs);
+                ended.store(true, Ordering::Release);
+                r
+            });
+            while !ended.load(Ordering::Acquire) && !work.is_finished() {
+                std::thread::park_timeout(TICK);
+                progress.update(&self.status());
+            }
+            work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn walk_and_work(&self, roots: Vec<Found<B>>, jobs: usize) -> Result<()> {
+        let (send, receive) = sync_channel::<Item<B>>(2 * jobs);
+        let receive = Arc::new(Mutex::new(receive));
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs)
+                .map(|_| {
+                    let receive = Arc::clone(&receive);
+                    scope.spawn(move || {
+                        self.store.shared().backing.give_way();
+                        loop {
+                            let next = receive.lock().recv();
+                            let Ok(item) = next else { return };
+                            self.one(item);
+                        }
+                    })
+                })
+                .collect();
+            // The workers alone own it: when all have ended, sending fails instead of waiting.
+            drop(receive);
+            let walked = self.walk(roots, &mut |item| send.send(item).map_err(|_| cancelled()));
+            drop(send);
+            for w in workers {
+                w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            }
+            walked?;
+            self.move_linked()?;
+            self.checkpoint()
+        })
+    }
+
+    fn checkpoint(&self) -> Result<()> {
+        self.control.checkpoint().map_err(|_| cancelled())
+    }
+
+    /// Comes to every file, and hands it on. Files with several names are dealt with in between.
+    fn walk(&self, roots: Vec<Found<B>>, give: &mut dyn FnMut(Item<B>) -> Result<()>) -> Result<()> {
+        let mut todo: Vec<(Arc<Node<B>>, String)> = Vec::new();
+        for (node, name, path) in roots {
+            match (node.kind(), name) {
+                (Kind::Dir, _) => todo.push((node, path)),
+                (Kind::File, Some(name)) => give(Item { name, node, path })?,
+                _ => return Err(StoreError::Invalid),
+            }
+        }
+        while let Some((dir, path)) = todo.pop() {
+            self.checkpoint()?;
+            let entries = match self.store.read_dir(&dir) {
+                Ok(e) => e,
+                Err(StoreError::NotFound) => continue,
+                Err(e) => {
+                    self.failed_dir(path, &e);
+                    continue;
+                }
+            };
+            for e in entries {
+                if !matches!(e.kind, Kind::Dir | Kind::File) {
+                    continue;
+                }
+                let below = if path.is_empty() { shown(&e.name) } else { format!("{path}/{}", shown(&e.name)) };
+                let node = match self.store.read_dir_node(&dir, &e) {
+                    Ok((node, _)) => node,
+                    Err(StoreError::NotFound) => continue,
+                    Err(e) => {
+                        self.failed_dir(below, &e);
+                        continue;
+                    }
+                };
+                match node.kind() {
+                    Kind::Dir => todo.push((node, below)),
+                    Kind::File => {
+                        self.checkpoint()?;
+                        let name = Name { dir: Arc::clone(&dir), name: e.backing.into() };
+                        give(Item { name, node, path: below })?;
+                    }
+                    _ => {}
+                }
+            }
+            if self.linked.lock().len() >= LINKED_MAX {
+                self.move_linked()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn failed_dir(&self, path: String, error: &StoreError) {
+        if !self.second {
+            self.failed(path, error);
+        }
+    }
+
+    fn failed(&self, path: String, error: &StoreError) {
+        self.counts.lock().failed += 1;
+        let mut list = self.failures.lock();
+        if list.len() < FAILURES_MAX {
+            list.push(Failure::new(path, error));
+        }
+    }
+
+    /// Deals with one file.
+    fn one(&self, item: Item<B>) {
+        if self.checkpoint().is_err() {
+            return;
+        }
+        self.count(|c| c.scanned += 1);
+        let (path, key) = (item.path.clone(), item.node.key());
+        if self.second && self.gave_up.lock().contains(&key) {
+            return;
+        }
+        if let Err(e) = self.try_one(item)
+            && !is_cancelled(&e)
+        {
+            self.gave_up.lock().insert(key);
+            self.failed(path, &e);
+        }
+    }
+
+    fn try_one(&self, item: Item<B>) -> Result<()> {
+        let (attr, header) =
+            match self.store.getattr(&item.node).and_then(|a| Ok((a, self.store.header_of(&item.node)?))) {
+                Err(StoreError::NotFound) => {
+                    self.count(|c| c.vanished += 1);
+                    return Ok(());
+                }
+                other => other?,
+            };
+        let Some(slot) = header else {
+            self.count(|c| c.empty += 1);
+            return Ok(());
+        };
+        let old = |t: Timestamp| self.request.written_before.is_none_or(|b| (t.sec, t.nsec) < b);
+        if !old(attr.mtime) || self.request.kek.is_some_and(|k| k != slot.kek) {
+            self.count(|c| c.skipped += 1);
+            return Ok(());
+        }
+        if self.journal.as_ref().is_some_and(|j| j.has(slot.file)) {
+            self.count(|c| c.done_before += 1);
+            return Ok(());
+        }
+        if attr.nlink > 1 && self.linked_done.lock().contains(&slot.file) {
+            return Ok(());
+        }
+        if self.request.dry_run {
+            if attr.nlink > 1 {
+                self.linked_done.lock().insert(slot.file);
+            }
+            self.count(|c| (c.rekeyed, c.bytes) = (c.rekeyed + 1, c.bytes + attr.size));
+            return Ok(());
+        }
+        let mut done = self.store.rekey(&item.name, &|n| self.step(n))?;
+        if let (Rekeyed::Gone, Some(name)) = (done, self.store.whereabouts(&item.node)) {
+            // Renamed on the way.
+            done = self.store.rekey(&name, &|n| self.step(n))?;
+        }
+        match done {
+            Rekeyed::Linked => drop(self.linked.lock().insert(item.node.key(), item)),
+            other => self.ended(other),
+        }
+        Ok(())
+    }
+
+    /// Counts something that the second walk meets again.
+    fn count(&self, f: impl FnOnce(&mut RekeyCounts)) {
+        if !self.second {
+            f(&mut self.counts.lock());
+        }
+    }
+
+    fn step(&self, bytes: u64) -> Result<()> {
+        self.copied.fetch_add(bytes, Ordering::Relaxed);
+        self.checkpoint()
+    }
+
+    fn ended(&self, r: Rekeyed) {
+        if let (Rekeyed::Done { file, .. }, Some(j)) = (r, &self.journal) {
+            j.done(file);
+        }
+        let mut c = self.counts.lock();
+        match r {
+            Rekeyed::Done { bytes, .. } => (c.rekeyed, c.bytes) = (c.rekeyed + 1, c.bytes + bytes),
+            Rekeyed::Empty => c.empty += 1,
+            Rekeyed::Gone | Rekeyed::Linked => c.vanished += 1,
+        }
+    }
+
+    /// Deals with the files with several names that were met so far.
+    fn move_linked(&self) -> Result<()> {
+        let mut left = std::mem::take(&mut *self.linked.lock());
+        for look in 1..=LOOKS {
+            if left.is_empty() {
+                return Ok(());
+            }
+            let wanted: Vec<_> = left.values().map(|i| i.node.key()).collect();
+            let mut names = self.store.names_of(&wanted, &|_| self.checkpoint())?;
+            let mut again = HashMap::new();
+            for (_, item) in left {
+                self.checkpoint()?;
+                let all = names.remove(&item.node.key()).unwrap_or_default();
+                match self.store.rekey_all(&all, &|n| self.step(n)) {
+                    // Linked, renamed or removed since.
+                    Ok(Rekeyed::Linked | Rekeyed::Gone) if look < LOOKS => drop(again.insert(item.node.key(), item)),
+                    Ok(Rekeyed::Linked) => {
+                        self.gave_up.lock().insert(item.node.key());
+                        self.failed(item.path, &io::Error::from_raw_os_error(libc::EBUSY).into());
+                    }
+                    Ok(r) => {
+                        if let Rekeyed::Done { file, .. } = r {
+                            self.linked_done.lock().insert(file);
+                        }
+                        self.ended(r);
+                    }
+                    Err(e) if is_cancelled(&e) => return Err(e),
+                    Err(e) => {
+                        self.gave_up.lock().insert(item.node.key());
+                        self.failed(item.path, &e);
+                    }
+                }
+            }
+            left = again;
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> Status {
+        let c = *self.counts.lock();
+        let elapsed = self.began.elapsed().as_secs_f64();
+        Status {
+            state: State::Sweeping,
+            paused: self.control.is_paused(),
+            waiting: false,
+            target: None,
+            pass: 1,
+            counts: Counts {
+                scanned: c.scanned,
+                rewrapped: c.rekeyed,
+                current: c.done_before + c.skipped,
+                empty: c.empty,
+                vanished: c.vanished,
+                failed: c.failed,
+            },
+            expected: None,
+            rate: self.copied.load(Ordering::Relaxed) as f64 / elapsed.max(0.001),
+            elapsed,
+            eta: None,
+        }
+    }
+}

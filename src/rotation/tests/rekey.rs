@@ -1,0 +1,132 @@
+//! Runs of `rekey` over a store: what they choose, what they say, and how they go on.
+
+use super::*;
+use crate::backing::sim::SimDisk;
+use crate::format::geometry;
+use crate::format::ids::FileId;
+use crate::rotation::rekey::{RekeyOutcome, RekeyReport, Request, rekey};
+
+/// A tree of seven files with content, one of them with three names, and an empty one.
+fn tree() -> (SimDisk, Arc<Scripted>, Arc<Store<SimDisk>>) {
+    let (disk, root) = (SimDisk::default(), Scripted::new("rekey"));
+    init(&disk, &root);
+    let s = open(disk.clone(), &root);
+    for d in ["a", "b"] {
+        s.mkdir(&s.root(), d.as_bytes(), 0o755, 0, None).unwrap();
+    }
+    for f in ["a/1", "a/2", "b/3", "b/4", "5", "6", "linked"] {
+        write(&s, f, f.as_bytes());
+    }
+    write(&s, "empty", b"");
+    let (n, _) = s.lookup(&s.root(), b"linked").unwrap();
+    s.link(&n, &dir(&s, "a"), b"linked too").unwrap();
+    s.link(&n, &dir(&s, "b"), b"and here").unwrap();
+    (disk, root, s)
+}
+
+fn ids(s: &Arc<Store<SimDisk>>) -> BTreeMap<String, FileId> {
+    let mut out = BTreeMap::new();
+    for d in ["", "a", "b"] {
+        for e in s.read_dir(&dir(s, d)).unwrap().into_iter().filter(|e| e.kind == Kind::File) {
+            let (n, _) = s.lookup(&dir(s, d), &e.name).unwrap();
+            if let Some(slot) = s.header_of(&n).unwrap() {
+                out.insert(format!("{d}/{}", String::from_utf8_lossy(&e.name)), slot.file);
+            }
+        }
+    }
+    out
+}
+
+fn changed(before: &BTreeMap<String, FileId>, s: &Arc<Store<SimDisk>>) -> Vec<String> {
+    let now = ids(s);
+    assert_eq!(now.len(), before.len());
+    before.iter().filter(|(k, v)| now[*k] != **v).map(|(k, _)| k.clone()).collect()
+}
+
+fn all() -> Request {
+    Request { paths: vec![Vec::new()], ..Request::default() }
+}
+
+fn go(s: &Arc<Store<SimDisk>>, r: &Request) -> RekeyReport {
+    rekey(s, r, &(), &Control::new()).unwrap()
+}
+
+#[test]
+fn a_whole_store_a_tree_a_file() {
+    let (_, _, s) = tree();
+    let before = ids(&s);
+    let r = go(&s, &Request { dry_run: true, ..all() });
+    assert_eq!((r.outcome, r.counts.rekeyed, r.counts.bytes), (RekeyOutcome::DryRun, 7, 4 * 3 + 2 + 6));
+    assert_eq!(changed(&before, &s), [""; 0]);
+    let r = go(&s, &all());
+    assert_eq!((r.outcome, r.counts.rekeyed, r.counts.bytes), (RekeyOutcome::Complete, 7, 4 * 3 + 2 + 6));
+    assert_eq!((r.counts.empty, r.counts.failed, r.resumed), (1, 0, false));
+    assert_eq!(changed(&before, &s).len(), before.len(), "all of them, by every name");
+    let (n, attr) = s.lookup(&dir(&s, "b"), b"and here").unwrap();
+    assert_eq!((attr.nlink, read(&s, &n).unwrap()), (3, b"linked".to_vec()));
+    let before = ids(&s);
+    go(&s, &Request { paths: vec![b"a".to_vec(), b"6".to_vec()], ..Request::default() });
+    // The one with names elsewhere, too: it is one file.
+    assert_eq!(changed(&before, &s), ["/6", "/linked", "a/1", "a/2", "a/linked too", "b/and here"]);
+    for bad in [&b"none"[..], b"6/x", b"a/none/x"] {
+        let r = rekey(&s, &Request { paths: vec![bad.to_vec()], ..Request::default() }, &(), &Control::new());
+        assert!(r.is_err());
+    }
+}
+
+#[test]
+fn only_what_meets_the_criteria() {
+    let (_, _, s) = tree();
+    let old = s.shared().keys.with_active(|k| k.id());
+    let (n, _) = s.lookup(&s.root(), b"5").unwrap();
+    let t = s.getattr(&n).unwrap().mtime;
+    let before = ids(&s);
+    // The clock of the simulated disk goes on with each operation: 5 was made after the ones in the folders.
+    let r = go(&s, &Request { written_before: Some((t.sec, t.nsec)), ..all() });
+    assert_eq!(changed(&before, &s), ["a/1", "a/2", "b/3", "b/4"]);
+    assert_eq!((r.counts.rekeyed, r.counts.skipped), (4, 5), "the linked file counts for each of its names");
+    rotate(&s, &one_job()).unwrap();
+    write(&s, "a/new", b"new");
+    let before = ids(&s);
+    let r = go(&s, &Request { kek: Some(old), ..all() });
+    assert_eq!((r.counts.rekeyed, changed(&before, &s)), (0, vec![]), "no header names it any more");
+    let active = s.shared().keys.with_active(|k| k.id());
+    let both = Request { kek: Some(active), written_before: Some((t.sec, t.nsec)), ..all() };
+    assert_eq!(go(&s, &both).counts.rekeyed, 4);
+}
+
+/// A file whose content is damaged makes it incomplete; the same request goes on, another one and `restart` do not.
+#[test]
+fn it_goes_on_where_it_was() {
+    let (disk, root, s) = tree();
+    let path = s.read_dir(&s.root()).unwrap().into_iter().find(|e| e.name == b"6").unwrap().backing;
+    s.close().unwrap();
+    drop(s);
+    let good = disk.read_raw(&path).unwrap();
+    disk.flip_bit(&path, geometry::block_offset(0), 1).unwrap();
+    let s = open(disk.clone(), &root);
+    let before = ids(&s);
+    let r = go(&s, &all());
+    assert_eq!((r.outcome, r.counts.rekeyed, r.failures_total), (RekeyOutcome::Incomplete, 6, 1));
+    assert_eq!((r.failures[0].path.as_str(), r.failures[0].code.as_str()), ("6", "block-auth"));
+    assert!(r.failures[0].message.contains("block 0"), "{}", r.failures[0].message);
+    assert_eq!(ids(&s)["/6"], before["/6"]);
+    let between = ids(&s);
+    // Renamed and written to meanwhile: still known to be done.
+    s.rename(&dir(&s, "a"), b"1", &dir(&s, "b"), b"one", crate::backing::RenameMode::Replace).unwrap();
+    let cancelled = Control::new();
+    cancelled.cancel();
+    let r = rekey(&s, &all(), &(), &cancelled).unwrap();
+    assert_eq!((r.outcome, r.resumed, r.counts.rekeyed), (RekeyOutcome::Cancelled, true, 0));
+    drop(s);
+    disk.replace_raw(&path, &good).unwrap();
+    let s = open(disk.crash_process(), &root);
+    let r = go(&s, &all());
+    assert_eq!((r.outcome, r.resumed, r.counts.rekeyed), (RekeyOutcome::Complete, true, 1));
+    assert_eq!(r.counts.done_before, 5 + 3);
+    let now = ids(&s);
+    assert_ne!(now["/6"], before["/6"]);
+    assert_eq!((now["b/one"], now["/linked"]), (between["a/1"], between["/linked"]));
+    let r = go(&s, &all());
+    assert_eq!((r.resumed, r.counts.rekeyed), (false, 7), "a run that ended is over");
+}

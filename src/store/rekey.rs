@@ -267,8 +267,8 @@ impl<B: Backing> Store<B> {
         for (n, times) in names.iter().zip(&dir_times) {
             let made = self.unsynced.note(n.dir.key(), None);
             node.moved(&n.dir, &n.name, Location { parent: Arc::clone(&n.dir), name: Arc::clone(&n.name), made });
-            // Users have changed nothing in it.
-            b.set_times(&*n.dir.fd(b)?, SetTime::Omit, SetTime::At(times.mtime))?;
+            // Users have changed nothing in it. A time that cannot be put back is no reason to fail now.
+            let _ = n.dir.fd(b).map(|fd| b.set_times(&fd, SetTime::Omit, SetTime::At(times.mtime)));
         }
         self.all_durable(&dir_fds, unfinished)?;
         drop(entries);

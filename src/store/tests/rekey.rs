@@ -340,7 +340,10 @@ fn any_operation_may_fail() {
             let reached = disk.operations() > before + n;
             disk.clear_faults();
             assert!(read(&s, &s.root(), &long(b'f')) == content(140_000, 3), "after {n}: {done:?}");
-            assert!(matches!(rekey_everything(&s).unwrap(), Rekeyed::Done { .. }), "after {n}: {done:?}");
+            let again = rekey_everything(&s).unwrap();
+            // What could not be removed from the folder is one more name.
+            let may = matches!(again, Rekeyed::Done { .. }) || (linked && again == Rekeyed::Linked && done.is_ok());
+            assert!(may, "after {n}: {done:?}, {again:?}");
             s.close().unwrap();
             all_is_well(&disk, linked, &format!("after {n}: {done:?}"));
             if !reached || n > 1000 {

@@ -173,7 +173,7 @@ pub fn rekey<B: Backing>(
     if shared.read_only && !request.dry_run {
         return Err(StoreError::ReadOnly);
     }
-    let roots = request.paths.iter().map(|p| find(store, p)).collect::<Result<Vec<_>>>()?;
+    let roots = outermost(&request.paths).into_iter().map(|p| find(store, p)).collect::<Result<Vec<_>>>()?;
     let journal = match request.dry_run {
         true => None,
         false => Some(Journal::open(
@@ -231,6 +231,21 @@ pub fn rekey<B: Backing>(
     })
 }
 
+/// The paths without those that lie in others: nothing is to be met twice.
+fn outermost(paths: &[Vec<u8>]) -> Vec<&[u8]> {
+    let parts = |p: &[u8]| p.split(|c| *c == b'/').filter(|c| !c.is_empty()).map(<[u8]>::to_vec).collect::<Vec<_>>();
+    let mut sorted: Vec<_> = paths.iter().map(|p| (parts(p), p.as_slice())).collect();
+    sorted.sort();
+    let mut kept: Vec<(Vec<Vec<u8>>, &[u8])> = Vec::new();
+    for (p, path) in sorted {
+        // What a path lies in comes before it, and nothing between the two lies elsewhere.
+        if kept.last().is_none_or(|(last, _)| !p.starts_with(last)) {
+            kept.push((p, path));
+        }
+    }
+    kept.into_iter().map(|(_, path)| path).collect()
+}
+
 /// What lies at a path from the root: its node, and its name unless it is the root itself.
 type Found<B> = (Arc<Node<B>>, Option<Name<B>>, String);
 
@@ -248,10 +263,12 @@ impl<B: Backing> Run<'_, B> {
     fn all(&self, roots: Vec<Found<B>>, progress: &dyn Progress) -> Result<()> {
         let jobs = self.request.jobs.map_or(JOBS, NonZeroUsize::get);
         let ended = AtomicBool::new(false);
+        let waiting = std::thread::current();
         std::thread::scope(|scope| {
             let work = scope.spawn(|| {
                 let r = self.walk_and_work(roots, jobs);
                 ended.store(true, Ordering::Release);
+                waiting.unpark();
                 r
             });
             while !ended.load(Ordering::Acquire) && !work.is_finished() {

@@ -65,7 +65,9 @@ fn a_whole_store_a_tree_a_file() {
     let (n, attr) = s.lookup(&dir(&s, "b"), b"and here").unwrap();
     assert_eq!((attr.nlink, read(&s, &n).unwrap()), (3, b"linked".to_vec()));
     let before = ids(&s);
-    go(&s, &Request { paths: vec![b"a".to_vec(), b"6".to_vec()], ..Request::default() });
+    let paths = ["a/1", "a", "6", "a/2", "6", "a//1"].map(|p| p.as_bytes().to_vec()).to_vec();
+    let r = go(&s, &Request { paths, ..Request::default() });
+    assert_eq!((r.outcome, r.counts.rekeyed), (RekeyOutcome::Complete, 4), "each once, whoever names it");
     // The one with names elsewhere, too: it is one file.
     assert_eq!(changed(&before, &s), ["/6", "/linked", "a/1", "a/2", "a/linked too", "b/and here"]);
     for bad in [&b"none"[..], b"6/x", b"a/none/x"] {

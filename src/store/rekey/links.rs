@@ -192,6 +192,9 @@ fn is_old<B: Backing>(b: &B, dir: &B::Node, name: &[u8], copy: &Stat, from: File
     if st.kind != Kind::File || st.mtime != copy.mtime {
         return Ok(false);
     }
-    let read = read_slots(b, &b.open(&node, Access::Read)?, Source::Cache)?;
-    Ok(read.is_some_and(|(pair, _)| pair.authoritative().is_ok_and(|(_, s)| s.file == from)))
+    match read_slots(b, &b.open(&node, Access::Read)?, Source::Cache) {
+        Ok(read) => Ok(read.is_some_and(|(pair, _)| pair.authoritative().is_ok_and(|(_, s)| s.file == from))),
+        Err(StoreError::Damage(_)) => Ok(false),
+        Err(e) => Err(e),
+    }
 }

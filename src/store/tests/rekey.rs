@@ -232,6 +232,29 @@ fn a_number_that_is_still_shown_is_given_to_no_other_node() {
     assert_eq!(s.table.adopt(&taken, None, None).number(), Some(number), "free again with the node");
 }
 
+/// The folder may inherit an ACL, and what is made in it, too.
+#[test]
+fn no_acl_comes_to_a_file_that_had_none() {
+    const ACL: [u8; 28] =
+        [2, 0, 0, 0, 1, 0, 7, 0, 255, 255, 255, 255, 4, 0, 5, 0, 255, 255, 255, 255, 32, 0, 5, 0, 255, 255, 255, 255];
+    let disk = SimDisk::default();
+    disk.set_xattr(&disk.root().unwrap(), b"system.posix_acl_default", &ACL, XattrMode::Any).unwrap();
+    Store::init(&disk, &root_keys(), KekKind::Sealed, ENCRYPTED).unwrap();
+    let s = open(disk.clone());
+    let (n, f) = make(&s, b"f", b"content");
+    drop(f);
+    let _ = s.remove_xattr(&n, b"system.posix_acl_access");
+    s.setattr(&n, &SetAttr { mode: Some(0o601), ..SetAttr::default() }, None).unwrap();
+    let before = (disk.list_xattr(&n.fd(&disk).unwrap()).unwrap(), s.getattr(&n).unwrap().mode);
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), NOTHING).unwrap(), Rekeyed::Done { .. }));
+    assert_eq!((disk.list_xattr(&n.fd(&disk).unwrap()).unwrap(), s.getattr(&n).unwrap().mode), before);
+    s.set_xattr(&n, b"system.posix_acl_access", &ACL, XattrMode::Any).unwrap();
+    let mode = s.getattr(&n).unwrap().mode;
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), NOTHING).unwrap(), Rekeyed::Done { .. }));
+    assert_eq!(s.get_xattr(&n, b"system.posix_acl_access").unwrap(), ACL);
+    assert_eq!(s.getattr(&n).unwrap().mode, mode);
+}
+
 #[test]
 fn what_has_no_key_is_left_alone() {
     let (_, s) = new_sim();
@@ -325,6 +348,47 @@ fn stopped_anywhere_the_file_is_whole() {
             assert!(n > 10, "{n} operations");
         }
     }
+}
+
+/// Stopped between two names, and then written to by a program that does not know what the folder is for: two files.
+#[test]
+fn a_name_that_was_written_to_since_is_not_replaced() {
+    let base = base(true, Journal::Ordered);
+    let mut split = 0;
+    for n in 0.. {
+        let disk = base.crash_process();
+        let s = open(disk.clone());
+        disk.stop_after(disk.operations() + n);
+        let _ = rekey_everything(&s);
+        let stopped = disk.is_stopped();
+        drop(s);
+        let left = disk.crash_process();
+        let o = StoreOptions { read_only: true, ..StoreOptions::default() };
+        let ro = open_with(left.crash_process(), o);
+        let ino = |s: &Store<SimDisk>, name: &[u8]| s.lookup(&s.root(), name).unwrap().1.ino;
+        let (f, h) = (ino(&ro, &long(b'f')), ino(&ro, b"h"));
+        if f != h {
+            split += 1;
+            // Whichever is the old one: the higher number is that of the new inode.
+            let old = if f < h { long(b'f') } else { b"h".to_vec() };
+            let name = name_of(&ro, &old).name;
+            let node = left.lookup(&left.root().unwrap(), &name).unwrap();
+            left.set_times(&node, SetTime::Omit, SetTime::At(Timestamp { sec: 77, nsec: 0 })).unwrap();
+            let s = open(left.clone());
+            assert_ne!(ino(&s, &long(b'f')), ino(&s, b"h"));
+            assert_eq!(s.getattr(&s.lookup(&s.root(), &old).unwrap().0).unwrap().mtime.sec, 77);
+            assert_eq!(left_over(&left), 0);
+            // One that cannot be looked at keeps the store from being opened.
+            let bad = disk.crash_process();
+            let keys = Keys::open(&bad, &root_keys()).unwrap();
+            bad.fail_from(Some(Op::Link), 0, libc::EIO);
+            assert!(Store::open(bad.clone(), keys, StoreOptions::default()).is_err());
+        }
+        if !stopped {
+            break;
+        }
+    }
+    assert!(split > 0, "it was stopped between two names");
 }
 
 /// Each operation fails once, and the program goes on: the file is whole, and can be rekeyed afterwards.

@@ -193,7 +193,7 @@ fn programs_at_work_notice_nothing() {
             let block = (round * 37 % (BLOCKS / 2)) * 2 + who;
             let value = 1 + (round % 200) as u8;
             f.write_all_at(&[value; 4096], block as u64 * 4096).unwrap();
-            if round % 50 == 0 {
+            if round.is_multiple_of(50) {
                 f.sync_data().unwrap();
             }
             last[block] = value;

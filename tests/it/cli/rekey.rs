@@ -172,7 +172,7 @@ fn a_damaged_file_is_named_and_left_and_the_rest_is_done() {
     assert!(out.starts_with("went on with an unfinished rekey: 1 files were done before\nrekeyed: 0 files"), "{out}");
 }
 
-/// Programs at work in a file, through the kernel's cache, a mapping, and O_SYNC, while it is rekeyed over and over.
+/// Programs at work in a file, through the kernel's cache and with fdatasync, while it is rekeyed over and over.
 #[test]
 fn programs_at_work_notice_nothing() {
     if !can_mount() {

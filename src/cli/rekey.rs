@@ -99,7 +99,7 @@ fn text(r: &RekeyReport) -> String {
     let done = if r.outcome == RekeyOutcome::DryRun { "dry run: to be rekeyed" } else { "rekeyed" };
     t += &format!("{done}: {} files, {} bytes{}\n", c.rekeyed, c.bytes, besides(c));
     for f in &r.failures {
-        t += &format!("failed: {}: {} ({})\n", f.path, f.message, f.code);
+        t += &format!("failed: {}\n", f.in_words());
     }
     t + WHY
 }

@@ -2,12 +2,13 @@
 //!
 //! It walks the store by its own names, as users do, so it needs nothing to be held still. What is renamed while it walks
 //! may be missed or met twice, so a file is known by its id: what was done is not done again, and a second walk, which
-//! looks at headers only, finds what the first has missed. What is moved during the second one too can escape both. Files with several names are collected, and their names found by one walk over the whole store for
-//! many of them.
+//! looks at headers only, finds what the first has missed. What is moved during the second one too can escape both. Files
+//! with several names are collected, and their names found by one walk over the whole store for many of them.
 
 mod journal;
 
 use super::control::Control;
+use super::path::shown;
 use super::report::{Counts, FAILURES_MAX, Failure, Progress, State, Status};
 use crate::backing::{Backing, Kind, Timestamp};
 use crate::format::ids::{FileId, KekId, StoreId};
@@ -147,10 +148,6 @@ fn cancelled() -> StoreError {
 
 fn is_cancelled(e: &StoreError) -> bool {
     matches!(e, StoreError::Backing(e) if e.raw_os_error() == Some(libc::ECANCELED))
-}
-
-fn shown(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
 }
 
 fn now() -> u64 {
@@ -363,17 +360,22 @@ impl<B: Backing> Run<'_, B> {
         Ok(())
     }
 
+    /// A directory that could not be listed, or an entry that could not be looked at.
     fn failed_dir(&self, path: String, error: &StoreError) {
         if !self.second {
-            self.failed(path, error);
+            self.add_failure(path, error, true);
         }
     }
 
     fn failed(&self, path: String, error: &StoreError) {
+        self.add_failure(path, error, false);
+    }
+
+    fn add_failure(&self, path: String, error: &StoreError, directory: bool) {
         self.counts.lock().failed += 1;
         let mut list = self.failures.lock();
         if list.len() < FAILURES_MAX {
-            list.push(Failure::new(path, error));
+            list.push(Failure::new(path, error, directory));
         }
     }
 
@@ -507,8 +509,6 @@ impl<B: Backing> Run<'_, B> {
         Status {
             state: State::Sweeping,
             paused: self.control.is_paused(),
-            waiting: false,
-            target: None,
             pass: 1,
             counts: Counts {
                 scanned: c.scanned,
@@ -518,10 +518,9 @@ impl<B: Backing> Run<'_, B> {
                 vanished: c.vanished,
                 failed: c.failed,
             },
-            expected: None,
             rate: self.copied.load(Ordering::Relaxed) as f64 / elapsed.max(0.001),
             elapsed,
-            eta: None,
+            ..Status::default()
         }
     }
 }

@@ -86,7 +86,7 @@ impl<B: Backing> Fresh<B> {
     /// # Errors
     /// `EBUSY` if it is being copied already; the backing directory's.
     pub fn begin(shared: &Arc<Shared<B>>, source: OpenFile<B>, node: Arc<B::Node>, file: B::File) -> Result<Self> {
-        let (_, copy) = FileCore::with_new_file(shared, node, file)?;
+        let (_, copy) = FileCore::with_new_file(shared, node, file, None)?;
         {
             // Nobody is in the middle of a write that is not noted.
             let _alone = source.core.inner.write();

@@ -18,6 +18,7 @@
 mod content;
 mod crash;
 mod fault;
+mod hook;
 mod journal;
 mod prng;
 mod state;
@@ -34,6 +35,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 pub use crash::PowerCut;
 pub use fault::{Op, STOPPED, is_stopped};
+pub use hook::{Hook, Moment};
 pub use journal::Journal;
 
 use self::content::PAGE_LEN;
@@ -76,6 +78,7 @@ struct Shared {
     /// Handles of one disk are no good on another.
     id: u64,
     state: Mutex<State>,
+    hooked: hook::Hooked,
 }
 
 /// An inode of a [`SimDisk`].
@@ -113,7 +116,7 @@ impl SimDisk {
     fn of(state: State) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { shared: Arc::new(Shared { id, state: Mutex::new(state) }) }
+        Self { shared: Arc::new(Shared { id, state: Mutex::new(state), hooked: hook::Hooked::default() }) }
     }
 
     /// Counted operations so far, failed ones included.
@@ -164,6 +167,7 @@ impl SimDisk {
     /// Starts an operation on `nodes`.
     fn begin(&self, op: Op, nodes: &[&SimNode]) -> io::Result<MutexGuard<'_, State>> {
         self.check(nodes)?;
+        self.shared.hooked.call(Moment::Before(op));
         let mut state = self.state();
         state.faults.admit(op).map_err(|refused| refused.error)?;
         state.clock += 1;
@@ -479,6 +483,7 @@ impl Backing for SimDisk {
 
     fn sync_all(&self) -> io::Result<()> {
         self.begin(Op::SyncAll, &[])?.sync_all();
+        self.shared.hooked.call(Moment::Synced(Op::SyncAll));
         Ok(())
     }
 
@@ -505,6 +510,7 @@ impl Backing for SimDisk {
         if offset.checked_add(data.len() as u64).is_none_or(|end| end > MOST_BYTES) {
             return Err(errno(libc::EFBIG));
         }
+        self.shared.hooked.call(Moment::Before(Op::Write));
         let mut state = self.state();
         let ino = file.node.ino;
         if let Err(refused) = state.faults.admit(Op::Write) {
@@ -568,7 +574,9 @@ impl Backing for SimDisk {
     }
 
     fn sync_file(&self, file: &SimFile) -> io::Result<()> {
-        self.begin(Op::SyncFile, &[&file.node])?.sync_file(file.node.ino)
+        self.begin(Op::SyncFile, &[&file.node])?.sync_file(file.node.ino)?;
+        self.shared.hooked.call(Moment::Synced(Op::SyncFile));
+        Ok(())
     }
 
     fn stat_file(&self, file: &SimFile) -> io::Result<Stat> {

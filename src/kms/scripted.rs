@@ -95,13 +95,18 @@ struct State {
     about: HashMap<[u8; 16], Behaviour>,
     calls: Vec<(Call, WrapContext)>,
     batches: usize,
+    misdeeds: usize,
 }
 
 /// The provider. Its URI is `scripted:NAME`. Wrapped form: version u8 ‖ [`GcmSiv::wrap`] (60).
 pub struct Scripted {
     uri: String,
     state: Mutex<State>,
+    hook: Mutex<Option<Hook>>,
 }
+
+/// What [`Scripted::set_hook`] is given.
+pub type Hook = Arc<dyn Fn() + Send + Sync>;
 
 impl std::fmt::Debug for Scripted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -120,8 +125,9 @@ impl Scripted {
             about: HashMap::new(),
             calls: Vec::new(),
             batches: 0,
+            misdeeds: 0,
         };
-        Arc::new(Self { uri: format!("scripted:{name}"), state: Mutex::new(state) })
+        Arc::new(Self { uri: format!("scripted:{name}"), state: Mutex::new(state), hook: Mutex::default() })
     }
 
     /// The next call of this kind that has no behaviour yet gets this one.
@@ -141,6 +147,43 @@ impl Scripted {
     pub fn about(&self, object: [u8; 16], behaviour: Behaviour) -> &Self {
         self.state.lock().about.insert(object, behaviour);
         self
+    }
+
+    /// Forgets the script and all that it was told, and does what it should.
+    pub fn forgive(&self) -> &Self {
+        let mut s = self.state.lock();
+        s.script.clear();
+        s.otherwise = Behaviour::Obey;
+        s.about.clear();
+        drop(s);
+        self
+    }
+
+    /// Does what it should while `f` runs, and notes no calls; then goes on with its script. For a test that looks at
+    /// what it is testing.
+    pub fn truce<R>(&self, f: impl FnOnce() -> R) -> R {
+        let mut s = self.state.lock();
+        let script = std::mem::take(&mut s.script);
+        let otherwise = std::mem::replace(&mut s.otherwise, Behaviour::Obey);
+        let about = std::mem::take(&mut s.about);
+        let calls = s.calls.len();
+        drop(s);
+        let r = f();
+        let mut s = self.state.lock();
+        (s.script, s.otherwise, s.about) = (script, otherwise, about);
+        s.calls.truncate(calls);
+        drop(s);
+        r
+    }
+
+    /// From now on `hook` is called before every call is answered, and may make calls of its own.
+    pub fn set_hook(&self, hook: Option<Hook>) {
+        *self.hook.lock() = hook;
+    }
+
+    /// Calls so far that it did not obey.
+    pub fn misdeeds(&self) -> usize {
+        self.state.lock().misdeeds
     }
 
     /// No answer from now on, until [`Scripted::always`] says otherwise.
@@ -179,11 +222,17 @@ impl Scripted {
 
     /// Takes the call's behaviour from the script, and does the part of it that is the same for all calls.
     fn begin(&self, call: Call, context: &WrapContext) -> Result<Behaviour, KmsError> {
+        let hook = self.hook.lock().clone();
+        if let Some(hook) = hook {
+            hook();
+        }
         let behaviour = {
             let mut s = self.state.lock();
             s.calls.push((call, context.clone()));
             let next = s.script.get_mut(&call).and_then(VecDeque::pop_front);
-            next.unwrap_or_else(|| s.about.get(&context.object).unwrap_or(&s.otherwise).clone())
+            let next = next.unwrap_or_else(|| s.about.get(&context.object).unwrap_or(&s.otherwise).clone());
+            s.misdeeds += usize::from(!matches!(next, Behaviour::Obey | Behaviour::Hold(_)));
+            next
         };
         match &behaviour {
             Behaviour::Fail(e) => return Err(e.clone()),
@@ -310,6 +359,20 @@ mod tests {
         s.about(c.object, Behaviour::Obey).then(Call::Unwrap, Behaviour::Forget);
         assert!(s.unwrap(&w, &c).is_err());
         assert!(s.unwrap(&w, &c).is_err(), "what is forgotten stays forgotten");
+    }
+
+    #[test]
+    fn a_truce_ends_and_forgiveness_does_not() {
+        let (s, c) = (Scripted::new("a"), context());
+        let key = Secret32::random();
+        s.then(Call::Wrap, Behaviour::Garbage).outage();
+        let w = s.truce(|| s.wrap(&key, &c)).unwrap();
+        assert!(s.truce(|| s.unwrap(&w, &c)).unwrap().ct_eq(&key));
+        assert_eq!((s.misdeeds(), s.calls().len()), (0, 0));
+        assert!(s.unwrap(&s.wrap(&key, &c).unwrap(), &c).is_err());
+        assert_eq!((s.misdeeds(), s.calls().len()), (2, 2));
+        s.then(Call::Wrap, Behaviour::Garbage).forgive();
+        assert!(s.unwrap(&s.wrap(&key, &c).unwrap(), &c).unwrap().ct_eq(&key));
     }
 
     #[test]

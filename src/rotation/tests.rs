@@ -7,6 +7,7 @@ mod destroy;
 mod external;
 mod floor;
 mod live;
+mod model;
 mod refuse;
 mod rekey;
 mod restored;

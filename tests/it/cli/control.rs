@@ -33,7 +33,8 @@ fn with_files(n: usize) -> Bench {
     b
 }
 
-fn rotation(b: &Bench) -> Value {
+/// How the rotation of the store mounted at `mnt/` stands.
+pub fn rotation(b: &Bench) -> Value {
     b.json("status mnt --json")["daemon"]["rotation"].clone()
 }
 

@@ -1,6 +1,7 @@
 //! The program from outside: what it prints, how it exits, and how it lives as a daemon.
 
 mod audit;
+mod backup;
 mod control;
 mod json;
 mod ending;

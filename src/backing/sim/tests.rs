@@ -359,3 +359,26 @@ fn a_hole_across_the_end_takes_the_last_page_whole() {
     assert_eq!((disk.next_data(&file, 0).unwrap(), disk.stat_file(&file).unwrap().blocks), (None, 0));
     assert_eq!(disk.read_raw("f").unwrap(), vec![0; 4 * 4096 + 16]);
 }
+
+#[test]
+fn a_hook_sees_every_operation_and_may_work_on_the_disk_itself() {
+    let (disk, root) = disk(Journal::Ordered);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (log, own) = (Arc::clone(&seen), disk.clone());
+    disk.set_hook(Some(Arc::new(move |moment| {
+        let Some(mut seen) = log.try_lock() else { return };
+        seen.push(moment);
+        if moment == Moment::Before(Op::Write) {
+            make(&own, b"g", b"in between");
+        }
+    })));
+    let file = make(&disk, b"f", b"x");
+    disk.sync_file(&file).unwrap();
+    disk.set_hook(None);
+    disk.stat(&root).unwrap();
+    let want = [Moment::Before(Op::Create), Moment::Before(Op::Write), Moment::Before(Op::SyncFile)];
+    let synced = Moment::Synced(Op::SyncFile);
+    assert_eq!(*seen.lock(), [&want[..], &[synced]].concat());
+    assert_eq!(names(&disk), ["f", "g"]);
+    assert!(!disk.crash_process().is_stopped());
+}

@@ -1,7 +1,8 @@
 //! The rotation as a whole against a model of it: users, operators, key services and backups at work between any two
 //! steps of a run, with crashes anywhere.
 //!
-//! Reproducible from what proptest prints: one worker, and everybody else takes turns with it ([`world`]). What must
+//! Reproducible from what proptest prints, but for runs that have several calls to a key service under way at once: one
+//! worker, and everybody else takes turns with it ([`world`]). What must
 //! hold is looked at on the disk itself, before every single write of a run ([`witness`]):
 //!
 //! * what was acknowledged is there (synced, for a power cut) and reads as the reference says, or says that its key is

@@ -89,15 +89,22 @@ fn a_run_that_dies_before_every_write_to_and_from_a_key_service() {
         assert!(is_complete(&ended), "{ended:?}");
         let writes = world.length.1;
         assert!(writes > 50, "{writes}");
+        let mut died = 0;
         for n in 0..writes {
             let cut = |seed: u64| Crash::Power { seed: seed * 1000 + u64::from(n), tear: seed == 1 };
             let crashes = [Crash::Kill, Crash::Power { seed: 0, tear: false }, cut(1), cut(2)];
             for crash in turns(&crashes, usize::from(n) + i, 1) {
                 let (ended, world) = one_run(&base, &Plan { crash: Some((n, crash)), ..plan.clone() });
-                assert!(matches!(ended, Ended::Crashed), "{goal:?} {crash:?} before {n}: {ended:?}");
+                // Calls to a service are under way several at once, so that two runs need not write equally often.
+                died += u16::from(matches!(ended, Ended::Crashed));
+                assert!(
+                    matches!(ended, Ended::Crashed) || is_complete(&ended),
+                    "{goal:?} {crash:?} before {n}: {ended:?}"
+                );
                 world.settles();
             }
         }
+        assert!(died > writes / 4 * 3, "{died} of {writes} died");
     }
 }
 

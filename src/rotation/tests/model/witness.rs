@@ -42,8 +42,8 @@ pub fn whole_files(disk: &SimDisk) -> Vec<Header> {
 }
 
 fn walk(disk: &SimDisk, most: usize) -> Vec<Header> {
-    // Of one that has stopped, what it left.
-    let disk = if disk.is_stopped() { disk.crash_process() } else { disk.clone() };
+    // A copy: the disk may stop at any time, by another of the run's threads.
+    let disk = disk.crash_process();
     let mut out = Vec::new();
     below(&disk, &disk.root().unwrap(), &[], most, &mut out);
     let mut seen = BTreeSet::new();

@@ -612,9 +612,8 @@ impl World {
             return;
         }
         let kek = retired[usize::from(i) % retired.len()];
-        let ctx = Context { shared: store.shared(), moves: &*store };
         let named = headers(&self.disk).iter().any(|h| h.valid().iter().any(|s| s.kek == kek));
-        match destroy(&ctx, kek, &(), &Control::new()) {
+        match super::super::destroy::destroy(&store, kek) {
             Ok(_) => assert!(!named, "destroyed a KEK that a header names"),
             Err(StoreError::KeyState(_)) => {}
             Err(e) => panic!("{e:?}"),

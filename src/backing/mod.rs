@@ -223,6 +223,20 @@ pub fn write_new<B: Backing>(b: &B, folder: &B::Node, name: &[u8], bytes: &[u8])
     b.sync_file(&file)
 }
 
+/// Puts `bytes` in the place of the file `name`, durably, by way of the file `temp`, on which nobody else must work.
+///
+/// # Errors
+/// The backing directory's; `name` is as it was, unless the error came after the rename.
+pub fn replace_whole<B: Backing>(b: &B, folder: &B::Node, temp: &[u8], name: &[u8], bytes: &[u8]) -> io::Result<()> {
+    let ready = write_new(b, folder, temp, bytes);
+    if let Err(e) = ready.and_then(|()| b.rename(folder, temp, folder, name, RenameMode::Replace)) {
+        // Best effort: one that is left behind goes with the next write.
+        let _ = b.unlink(folder, temp);
+        return Err(e);
+    }
+    b.sync_dir(folder)
+}
+
 /// The content of a file; `None` if it is longer than `longest` bytes.
 ///
 /// # Errors

@@ -296,6 +296,12 @@ pub struct RotateArgs {
     /// Write a copy of the keyring with the new KEK to FILE before the new KEK is used; an older copy of this store's is replaced
     #[arg(long, value_name = "FILE", conflicts_with_all = ["steer", "dry_run"])]
     pub export: Option<PathBuf>,
+    /// Move the K-th of N shares of the files, on one of N machines that share the file system of an unmounted store
+    #[arg(long, value_name = "K/N", conflicts_with_all = ["steer", "detach", "dry_run", "restart", "destroy_old", "waive", "keys", "merge"])]
+    pub shard: Option<crate::rotation::Shard>,
+    /// End a rotation that --shard runs have done, from their reports in the store or in FILEs
+    #[arg(long, value_name = "FILE", num_args = 0.., conflicts_with_all = ["steer", "detach", "dry_run", "restart", "destroy_old", "waive", "export", "keys", "kek", "if_older_than"])]
+    pub merge: Option<Vec<PathBuf>>,
     /// One JSON object at the end
     #[arg(long)]
     pub json: bool,

@@ -29,6 +29,7 @@ pub mod root_keys;
 pub mod rotate;
 pub mod rotation_status;
 pub mod seals;
+pub mod shard;
 pub mod speed;
 pub mod status;
 pub mod unmount;

@@ -127,7 +127,11 @@ pub fn verify(file: &Path, target: Option<&Path>, json: bool, keys: &OpenKeys) -
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Fault> {
+/// The bytes of a report's file.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, Fault> {
     let fail = |e: io::Error| Fault::io("read", path, &e);
     let mut bytes = Vec::new();
     File::open(path).map_err(fail)?.take(LONGEST as u64).read_to_end(&mut bytes).map_err(fail)?;
@@ -169,6 +173,9 @@ fn in_words(r: &Report) -> String {
     for k in &r.destroyed {
         t += &format!("destroyed  KEK {k}\n");
     }
+    for s in &r.shares {
+        t += &format!("share      {}, {} of {} files listed\n", s.shard, s.own, s.listed);
+    }
     for k in &r.kept {
         t += &format!("kept       KEK {k}, for what is waived\n");
     }
@@ -192,6 +199,7 @@ fn outcome(o: Outcome) -> &'static str {
         Outcome::Cancelled => "cancelled",
         Outcome::DryRun => "none: headers were counted only",
         Outcome::NotDue => "none: the active KEK is younger than asked for",
+        Outcome::ShareComplete => "one share of it complete",
     }
 }
 
@@ -206,6 +214,10 @@ fn proves(r: &Report) -> String {
         }
         Outcome::Incomplete => "what was moved until then; what failed is under an older KEK or cannot be read".into(),
         Outcome::Cancelled => "what was moved until then; headers may be under older KEKs".into(),
+        Outcome::ShareComplete => format!(
+            "when it ended, every header of its share named KEK {} in both slots; nothing about the other shares",
+            r.target
+        ),
         Outcome::NotDue => "that the active KEK was younger than asked for, and no rotation unfinished".into(),
         Outcome::DryRun if r.failures_total == 0 => "how many headers were seen under which KEK at that time".into(),
         Outcome::DryRun => "how many headers were seen under which KEK at that time, without what failed".into(),

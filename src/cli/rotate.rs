@@ -6,7 +6,8 @@ use super::keyring::ExportFile;
 use super::place::Place;
 use super::progress::Meter;
 use super::report::ReportFile;
-use super::{advice, audit, output, root_keys, rotation_status, waivers};
+use super::{advice, audit, output, root_keys, rotation_status, shard, waivers};
+use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::observed::Observed;
@@ -14,6 +15,7 @@ use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationSta
 use crate::daemon::{open, rotate};
 use crate::kms::ConnectOptions;
 use crate::rotation::{Control, Options, Outcome, Progress, Report, SealedReport, Staged, State, Status, Waivers};
+use crate::store::keys::Keys;
 use crate::store::{Store, StoreOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::path::{Path, PathBuf};
@@ -29,6 +31,11 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
     let place = Place::find(&a.target)?;
     if a.status {
         return rotation_status::run(&place, a.json);
+    }
+    match (a.shard, &a.merge) {
+        (Some(s), _) => return shard::run(a, s, &place),
+        (None, Some(files)) => return shard::merge(a, files, &place),
+        (None, None) => {}
     }
     let connection = place.connect()?;
     let steer = [(a.pause, Request::RotatePause), (a.resume, Request::RotateResume), (a.cancel, Request::RotateCancel)];
@@ -87,7 +94,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
 }
 
 /// Where the report goes, if there is to be one.
-fn report_file(a: &RotateArgs, place: &Place) -> Result<Option<ReportFile>, Fault> {
+pub(super) fn report_file(a: &RotateArgs, place: &Place) -> Result<Option<ReportFile>, Fault> {
     let Some(path) = &a.report else { return Ok(None) };
     if a.detach {
         let text = "--report needs somebody who waits for the end: leave out --detach, or count later what names which \
@@ -135,12 +142,7 @@ fn offline(
     let _lock = VolumeLock::take(&place.backing, "rotate")?;
     let config = Config::load(a.open.access.config.as_deref())?;
     let observed = Observed::start(audit::options_of(&config, &place.backing)?.as_ref(), place.keyring.store)?;
-    let recovery = root_keys::recovery_source(&a.open.recovery);
-    let connect = ConnectOptions { recovery, ..root_keys::connect_with(&a.open.access, &config) };
-    let b = open::backing(&place.backing)?;
-    let keys = root_keys::open(&b, &a.open.open_keys, &observed.connect(&connect))
-        .inspect_err(|f| observed.refused("rotate", &place.backing, f))?;
-    observed.opened(&keys);
+    let (b, keys) = open_keys(a, place, &config, &observed)?;
     let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.access);
     let new = observed.connect(&root_keys::connect_with(&new, &config));
     let mut options = Options {
@@ -156,6 +158,7 @@ fn offline(
         waive: Arc::new(waive),
         restart: a.restart,
         staged: None,
+        shard: None,
     };
     let store = Store::open(b, keys, StoreOptions::default()).map_err(|e| fail(&e))?;
     if let Some(target) = export {
@@ -177,6 +180,22 @@ fn offline(
     let (sealed, report) = report.map_err(|e| fail(&e))?;
     closed.map_err(|e| fail(&e))?;
     finish(&report, Some(&sealed), file, a)
+}
+
+/// Opens the store in this process.
+pub(super) fn open_keys(
+    a: &RotateArgs,
+    place: &Place,
+    config: &Config,
+    observed: &Observed,
+) -> Result<(Posix, Keys), Fault> {
+    let recovery = root_keys::recovery_source(&a.open.recovery);
+    let connect = ConnectOptions { recovery, ..root_keys::connect_with(&a.open.access, config) };
+    let b = open::backing(&place.backing)?;
+    let keys = root_keys::open(&b, &a.open.open_keys, &observed.connect(&connect))
+        .inspect_err(|f| observed.refused("rotate", &place.backing, f))?;
+    observed.opened(&keys);
+    Ok((b, keys))
 }
 
 /// Cancels a rotation in the daemon in order, so that there is a report to write: a client that just ends cancels it too,
@@ -258,10 +277,20 @@ pub(super) fn outcome(o: Outcome) -> &'static str {
         Outcome::Cancelled => "cancelled",
         Outcome::DryRun => "dry run",
         Outcome::NotDue => "not due",
+        Outcome::ShareComplete => "share complete",
     }
 }
 
-fn finish(r: &Report, s: Option<&SealedReport>, file: Option<ReportFile>, a: &RotateArgs) -> Result<(), Fault> {
+/// Says how a run ended, writes its report, and turns into a fault what is not as it was meant to be.
+///
+/// # Errors
+/// [`FaultKind::RotationIncomplete`]; those of writing.
+pub(super) fn finish(
+    r: &Report,
+    s: Option<&SealedReport>,
+    file: Option<ReportFile>,
+    a: &RotateArgs,
+) -> Result<(), Fault> {
     let written = write(s, file);
     if a.json {
         output::print_json(r)?;
@@ -286,6 +315,9 @@ fn finish(r: &Report, s: Option<&SealedReport>, file: Option<ReportFile>, a: &Ro
     }
     let text = match r.outcome {
         Outcome::Cancelled => format!("rotation to KEK {} was cancelled", r.target),
+        _ if shard::is_short(r) => {
+            format!("rotation to KEK {} is incomplete: {} shares are not done", r.target, r.failures_total)
+        }
         _ => format!("rotation to KEK {} is incomplete: {} files could not be moved", r.target, r.failures_total),
     };
     Err(Fault::new(FaultKind::RotationIncomplete, text))
@@ -311,6 +343,13 @@ fn text(r: &Report) -> String {
     }
     for k in &r.retired {
         t += &format!("retired KEK {k}\n");
+    }
+    if let (Outcome::ShareComplete, [s]) = (r.outcome, r.shares.as_slice()) {
+        t += &format!(
+            "share {} is done; the rotation is not complete before all {} are merged\n",
+            s.shard,
+            s.shard.of()
+        );
     }
     for k in &r.destroyed {
         t += &format!("destroyed KEK {k}\n");

@@ -4,15 +4,16 @@ use super::output;
 use super::place::Place;
 use super::rotate::{outcome, phase, standing};
 use super::status::{ask, is_unfinished};
-use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::protocol::RotationState;
 use crate::format::ids::{KekId, StoreId};
 use crate::format::keyring::{KekRecord, KekState};
 use crate::format::time::rfc3339_seconds;
-use crate::rotation::{Failing, Failure, Report, State, Status, exceptions, last_noted};
+use crate::rotation::record::Record;
+use crate::rotation::{Failing, Failure, Report, Shard, State, Status, exceptions, last_noted, shares};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::io;
 
 /// What the backing directory says of rotations. Stable; part of `rotate --status --json` and of `status --json`.
@@ -22,6 +23,8 @@ pub struct OnDisk {
     pub rotation_unfinished: bool,
     /// `null` if there was none, or its journal is lost.
     pub last_rotation: Option<LastRotation>,
+    /// Of the unfinished rotation, the shards that have begun.
+    pub shards: Vec<ShardNoted>,
     /// `null` if there are none.
     pub exceptions: Option<Exceptions>,
 }
@@ -40,6 +43,14 @@ pub struct LastRotation {
     pub cursor: bool,
 }
 
+/// What the journal of a shard says of its last run.
+#[derive(Debug, Serialize)]
+pub struct ShardNoted {
+    pub shard: Shard,
+    #[serde(flatten)]
+    pub last: LastRotation,
+}
+
 /// What the last complete rotation left out. Times are Unix seconds.
 #[derive(Debug, Serialize)]
 pub struct Exceptions {
@@ -54,9 +65,17 @@ impl OnDisk {
     /// Looks. What cannot be read there is said in the log, and left out.
     pub fn find(place: &Place) -> Self {
         let b = &place.posix;
+        let rotation_unfinished = place.keyring.keks.iter().any(is_unfinished);
+        // Journals of shards stay when their rotation is over.
+        let target = place.keyring.active().map(|k| k.id).filter(|_| rotation_unfinished);
+        let shards = readable("journals of shards", shares::noted(b).map(Some)).unwrap_or_default().into_iter();
         Self {
-            rotation_unfinished: place.keyring.keks.iter().any(is_unfinished),
-            last_rotation: readable("journal", last(b)),
+            rotation_unfinished,
+            last_rotation: readable("journal", last_noted(b, None)).map(last),
+            shards: shards
+                .filter(|(_, r, _)| Some(r.target) == target)
+                .map(|(shard, r, noted)| ShardNoted { shard, last: last((r, noted)) })
+                .collect(),
             exceptions: readable("exceptions", excepted(place)),
         }
     }
@@ -75,16 +94,15 @@ fn readable<T>(what: &str, read: io::Result<Option<T>>) -> Option<T> {
     })
 }
 
-fn last(b: &Posix) -> io::Result<Option<LastRotation>> {
-    let found = last_noted(b)?;
-    Ok(found.map(|(r, noted)| LastRotation {
+fn last((r, noted): (Record, i64)) -> LastRotation {
+    LastRotation {
         state: r.state,
         target: r.target,
         started: r.started,
         noted: u64::try_from(noted).unwrap_or(0),
         files: r.files,
         cursor: !r.cursor.is_empty(),
-    }))
+    }
 }
 
 fn excepted(place: &Place) -> io::Result<Option<Exceptions>> {
@@ -136,11 +154,22 @@ pub fn run(place: &Place, json: bool) -> Result<(), Fault> {
 impl View {
     /// A daemon is rotating, or a process without one has the store and its journal says so.
     fn is_under_way(&self) -> bool {
-        let at_work = |s| !matches!(s, State::Done | State::Cancelled | State::Incomplete);
+        let at_work = |l: &LastRotation| !matches!(l.state, State::Done | State::Cancelled | State::Incomplete);
         match &self.rotation {
             Some(r) => r.running,
-            None => !self.mounted && self.locked && self.disk.last_rotation.as_ref().is_some_and(|l| at_work(l.state)),
+            None => {
+                let alone = self.disk.last_rotation.iter().filter(|_| !self.is_shared_out());
+                let mut all = alone.chain(self.disk.shards.iter().map(|s| &s.last));
+                !self.mounted && self.locked && all.any(at_work)
+            }
         }
+    }
+
+    /// Shards are at it or were, and since them nobody alone: the store's own journal says no more than that the rotation was
+    /// begun for them.
+    fn is_shared_out(&self) -> bool {
+        let heard = self.disk.shards.iter().map(|s| s.last.noted).max();
+        heard.is_some_and(|h| self.disk.last_rotation.as_ref().is_none_or(|l| l.state == State::Staged || l.noted < h))
     }
 }
 
@@ -151,13 +180,19 @@ fn text(v: &View) -> String {
         Some(RotationState { running: true, status: Some(s), .. }) => t += &running(s),
         Some(RotationState { report: Some(r), .. }) => t += &ended(r),
         Some(RotationState { fault: Some(f), .. }) => t += &format!("state     failed: {f}\n"),
+        _ if v.is_shared_out() => t += &shared_out(&v.disk.shards),
         _ => match &v.disk.last_rotation {
             Some(l) => t += &noted(l, v.is_under_way()),
             None => t += "state     there was no rotation\n",
         },
     }
     if v.disk.rotation_unfinished && !v.is_under_way() {
-        t += "unfinished: headers may be under old KEKs; the next rotate goes on with it\n";
+        t += match v.is_shared_out() {
+            true => {
+                "unfinished: when all shards are done, rotate --merge ends it; a rotate alone goes on with it, too\n"
+            }
+            false => "unfinished: headers may be under old KEKs; the next rotate goes on with it\n",
+        };
     }
     t + &v.disk.exceptions.as_ref().map_or_else(String::new, in_words)
 }
@@ -239,6 +274,29 @@ fn noted(l: &LastRotation, under_way: bool) -> String {
     t
 }
 
+/// A rotation that several machines share. Those that are done are counted only.
+fn shared_out(shards: &[ShardNoted]) -> String {
+    let mut t = "state     shared out among machines\n".to_owned();
+    if let Some(s) = shards.first() {
+        t += &format!("target    KEK {}\n", s.last.target);
+    }
+    let mut divisions: BTreeMap<u32, Vec<&ShardNoted>> = BTreeMap::new();
+    shards.iter().for_each(|s| divisions.entry(s.shard.of()).or_default().push(s));
+    for (of, heard) in divisions {
+        let (done, rest): (Vec<&ShardNoted>, Vec<_>) = heard.iter().partition(|s| s.last.state == State::Done);
+        let silent = (of as usize).saturating_sub(heard.len());
+        t += &format!("shards    {} of {of} done, {} begun, {silent} never heard of\n", done.len(), rest.len());
+        for s in rest.iter().take(SHOWN) {
+            let when = rfc3339_seconds(s.last.noted);
+            t += &format!("  {}: {}, when it was last written down at {when}\n", s.shard, phase(s.last.state));
+        }
+        if rest.len() > SHOWN {
+            t += &format!("  and {} more\n", rest.len() - SHOWN);
+        }
+    }
+    t
+}
+
 /// A time to come, in the largest unit that says enough.
 fn minutes(seconds: f64) -> String {
     match seconds {
@@ -252,6 +310,38 @@ fn minutes(seconds: f64) -> String {
 mod tests {
     use super::*;
     use crate::rotation::Counts;
+
+    #[test]
+    fn shards_are_counted_by_their_divisions_and_those_not_done_are_named() {
+        let noted = |shard: &str, state| ShardNoted {
+            shard: shard.parse().unwrap(),
+            last: LastRotation {
+                state,
+                target: KekId([2; 16]),
+                started: 1_790_000_000,
+                noted: 1_790_000_001,
+                files: 0,
+                cursor: false,
+            },
+        };
+        let seen = [
+            noted("1/2", State::Done),
+            noted("1/4", State::Done),
+            noted("2/4", State::Sweeping),
+            noted("4/4", State::Done),
+        ];
+        assert_eq!(
+            shared_out(&seen),
+            format!(
+                "state     shared out among machines\n\
+                 target    KEK {}\n\
+                 shards    1 of 2 done, 0 begun, 1 never heard of\n\
+                 shards    2 of 4 done, 1 begun, 1 never heard of\n  \
+                 2/4: rewrapping, when it was last written down at 2026-09-21T14:13:21Z\n",
+                "02".repeat(16)
+            )
+        );
+    }
 
     #[test]
     fn a_running_rotation_says_where_it_is_and_what_failed() {

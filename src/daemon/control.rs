@@ -321,6 +321,7 @@ impl Control {
             waive: Arc::new(waive.map_err(|e| Fault::new(FaultKind::Usage, format!("waivers: {e}")))?),
             restart: r.restart,
             staged: r.staged,
+            shard: None,
         })
     }
 }

@@ -1,4 +1,5 @@
-//! The volume lock: one process at a time has a store, through flock(2) on `.envelopefs/lock`.
+//! The volume lock: one process at a time has a store, through flock(2) on `.envelopefs/lock`; or several, which have agreed
+//! on who does what (the shards of a rotation, see [`super::shard_lock`]), share it.
 //!
 //! The kernel drops the lock when the process ends, however it ends, so there is no stale lock. What the file holds (who
 //! has it) is for people only and is never trusted.
@@ -11,9 +12,12 @@ use std::path::Path;
 use std::time::Duration;
 
 /// How often, and how long each time, a taker waits for somebody who only looks: [`VolumeLock::is_taken`] holds the lock
-/// shared for microseconds.
+/// for microseconds.
 const LOOKS: u32 = 5;
 const LOOK: Duration = Duration::from_millis(20);
+/// The same for somebody who looks himself.
+const GLANCES: u32 = 3;
+const GLANCE: Duration = Duration::from_millis(1);
 
 /// A held lock; dropping it lets the store go.
 #[derive(Debug)]
@@ -27,10 +31,22 @@ impl VolumeLock {
     /// # Errors
     /// [`FaultKind::Locked`] if another process has it; [`FaultKind::NotAStore`] if there is no `.envelopefs`.
     pub fn take(backing: &Path, purpose: &str) -> Result<Self, Fault> {
+        Self::hold(backing, purpose, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// Takes the lock together with others who share it.
+    ///
+    /// # Errors
+    /// As [`VolumeLock::take`].
+    pub fn share(backing: &Path, purpose: &str) -> Result<Self, Fault> {
+        Self::hold(backing, purpose, FlockOperation::NonBlockingLockShared)
+    }
+
+    fn hold(backing: &Path, purpose: &str, how: FlockOperation) -> Result<Self, Fault> {
         let mut file = open(backing)?;
         let mut tries = 0;
         loop {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match flock(&file, how) {
                 Ok(()) => break,
                 // Somebody may only have looked whether it is taken.
                 Err(rustix::io::Errno::WOULDBLOCK) if tries < LOOKS => std::thread::sleep(LOOK),
@@ -58,10 +74,19 @@ impl VolumeLock {
         (!who.is_empty()).then_some(who)
     }
 
-    /// Whether some process has the store at `backing` now.
+    /// Whether some process has the store at `backing` now, alone or with others.
     pub fn is_taken(backing: &Path) -> bool {
-        open(backing)
-            .is_ok_and(|f| flock(&f, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK))
+        let Ok(file) = open(backing) else { return false };
+        for glance in 0..GLANCES {
+            // Two who look at once see each other.
+            if glance > 0 {
+                std::thread::sleep(GLANCE);
+            }
+            if flock(&file, FlockOperation::NonBlockingLockExclusive) != Err(rustix::io::Errno::WOULDBLOCK) {
+                return false;
+            }
+        }
+        true
     }
 }
 
@@ -113,6 +138,19 @@ mod tests {
         assert!(!VolumeLock::is_taken(d.path()));
         VolumeLock::wait_free(d.path());
         VolumeLock::take(d.path(), "rotate").unwrap();
+    }
+
+    #[test]
+    fn those_who_share_keep_out_who_wants_it_alone() {
+        let d = tempfile::tempdir().unwrap();
+        std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
+        let (one, other) = (VolumeLock::share(d.path(), "a").unwrap(), VolumeLock::share(d.path(), "b").unwrap());
+        drop(one);
+        assert!(VolumeLock::is_taken(d.path()));
+        assert_eq!(VolumeLock::take(d.path(), "mount").unwrap_err().kind, FaultKind::Locked);
+        drop(other);
+        let _alone = VolumeLock::take(d.path(), "mount").unwrap();
+        assert_eq!(VolumeLock::share(d.path(), "a").unwrap_err().kind, FaultKind::Locked);
     }
 
     #[test]

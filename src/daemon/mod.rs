@@ -23,4 +23,5 @@ pub mod rotate;
 pub mod run;
 pub mod runtime_dir;
 pub mod server;
+pub mod shard_lock;
 pub mod spawn;

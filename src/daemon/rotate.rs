@@ -4,10 +4,12 @@ use super::job::Job;
 use crate::backing::Backing;
 use crate::format::ids::KekId;
 use crate::rotation::{
-    self, Context, Control, Destruction, Moved, Moves, NoMoves, Options, Progress, Report, SealedReport, Staged, When,
-    sealed,
+    self, Begun, Context, Control, Destruction, Moved, Moves, NoMoves, Options, Outcome, Progress, Report,
+    SealedReport, Shard, Staged, When, sealed, shares,
 };
-use crate::store::keys::Confirmation;
+use crate::store::dek_cache::{DekCache, DekCacheLimits};
+use crate::store::keys::{Confirmation, Keys};
+use crate::store::shared::Shared;
 use crate::store::{Result, Store};
 
 /// The mounted store knows what is renamed meanwhile.
@@ -50,7 +52,99 @@ pub fn stage<B: Backing>(store: &Store<B>, o: &Options) -> Result<Staged> {
 
 /// Seals what a run on `store` said.
 pub fn seal<B: Backing>(store: &Store<B>, report: &Report) -> SealedReport {
-    SealedReport::new(report, &sealed::seal_key(store.shared().keys.secret()))
+    seal_with(&store.shared().keys, report)
+}
+
+fn seal_with(keys: &Keys, report: &Report) -> SealedReport {
+    SealedReport::new(report, &sealed::seal_key(keys.secret()))
+}
+
+/// A store opened for a rotation that several processes share: nothing in it is changed but headers and what the rotation
+/// itself writes.
+pub struct SharedStore<B: Backing>(Shared<B>);
+
+impl<B: Backing> SharedStore<B> {
+    /// Puts an opened backing directory and its opened keyring together.
+    pub fn new(b: B, keys: Keys) -> Self {
+        Self(Shared::new(b, keys, DekCache::new(DekCacheLimits::default()), false))
+    }
+
+    fn context(&self) -> Context<'_, B> {
+        Context { shared: &self.0, moves: &NoMoves }
+    }
+
+    /// The keyring.
+    pub fn keys(&self) -> &Keys {
+        &self.0.keys
+    }
+
+    /// As [`rotation::stage`]; the caller holds the lock of keyring changes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stage(&self, o: &Options) -> Result<Staged> {
+        rotation::stage(&self.context(), o)
+    }
+
+    /// As [`rotation::begin`]; the caller holds the lock of keyring changes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn begin(&self, o: &Options, progress: &dyn Progress, c: &Control) -> Result<Begun> {
+        rotation::begin(&self.context(), o, progress, c)
+    }
+
+    /// Runs one share, and leaves its sealed report in the store, unless it was cancelled: what an earlier run of the share
+    /// proved holds then. The caller holds the share's locks.
+    ///
+    /// # Errors
+    /// As [`rotation::run`]; the backing directory's.
+    pub fn run(
+        &self,
+        shard: Shard,
+        o: &Options,
+        progress: &dyn Progress,
+        c: &Control,
+    ) -> Result<(Report, SealedReport)> {
+        let options = Options { shard: Some(shard), ..o.clone() };
+        let report = rotation::run(&self.context(), &options, progress, c)?;
+        let sealed = seal_with(self.keys(), &report);
+        if report.outcome != Outcome::Cancelled {
+            shares::put_report(&self.0.backing, shard, sealed.to_file().as_bytes())?;
+        }
+        Ok((report, sealed))
+    }
+
+    /// Reports in `files`, each with its name, if all of them are genuine.
+    ///
+    /// # Errors
+    /// The name of the first one that this store's key did not seal.
+    pub fn genuine<N>(&self, files: Vec<(N, Vec<u8>)>) -> std::result::Result<Vec<Report>, N> {
+        let key = sealed::seal_key(self.keys().secret());
+        let read = |(name, file): (N, Vec<u8>)| match SealedReport::from_file(&file) {
+            Some((report, seal)) if key.is_genuine(&seal) => Ok(report),
+            _ => Err(name),
+        };
+        files.into_iter().map(read).collect()
+    }
+
+    /// Reports of shards that lie in the store.
+    ///
+    /// # Errors
+    /// The backing directory's.
+    pub fn reports(&self) -> Result<Vec<(Shard, Vec<u8>)>> {
+        Ok(shares::reports(&self.0.backing)?)
+    }
+
+    /// As [`rotation::merge::merge`]; the caller holds the lock of keyring changes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn merge(&self, reports: &[Report]) -> Result<(Report, SealedReport)> {
+        let report = rotation::merge::merge(&self.context(), reports)?;
+        let sealed = seal_with(self.keys(), &report);
+        Ok((report, sealed))
+    }
 }
 
 /// Destroys a KEK of a store that is in use.

@@ -178,7 +178,7 @@ pub enum Change<'a> {
         /// The new KEK, once there is one.
         target: Option<[u8; 16]>,
         /// `staged`, `activated`, `resumed`, `sweeping`, `verifying`, `retiring`; at the end `done`, `incomplete`,
-        /// `cancelled` or `failed`.
+        /// `cancelled` or `failed`, of a shard `share-done`.
         step: &'a str,
         /// What was done so far, by name.
         counts: &'a [(&'a str, u64)],

@@ -151,6 +151,7 @@ fn prove_unused<B: Backing>(
         failures: &failures,
         workers: options.reader_count(),
         gentle: true,
+        share: None,
     };
     let began = Instant::now();
     let end = pass.run(b"", &verify, &mut |_| {

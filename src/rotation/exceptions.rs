@@ -7,7 +7,7 @@
 use super::journal;
 use super::report::Report;
 use super::sealed::{LONGEST, SealedReport};
-use crate::backing::{self, Backing, RenameMode};
+use crate::backing::{self, Backing};
 use crate::store::walk::is_gone;
 use std::io;
 
@@ -21,10 +21,7 @@ const TEMP: &[u8] = b"waived.new";
 /// # Errors
 /// The backing directory's. What was there is then as it was, unless the error came after the rename.
 pub(super) fn keep<B: Backing>(b: &B, report: &SealedReport) -> io::Result<()> {
-    let folder = journal::make_folder(b)?;
-    backing::write_new(b, &folder, TEMP, report.to_file().as_bytes())?;
-    b.rename(&folder, TEMP, &folder, FILE, RenameMode::Replace)?;
-    b.sync_dir(&folder)
+    backing::replace_whole(b, &journal::make_folder(b)?, TEMP, FILE, report.to_file().as_bytes())
 }
 
 /// Takes away what is there.

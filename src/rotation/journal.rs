@@ -1,9 +1,11 @@
-//! The journal on disk: `.envelopefs/rotation/journal`, two copies of a record, the next one over the older.
+//! The journal on disk: `.envelopefs/rotation/journal`, two copies of a record, the next one over the older. Each shard of
+//! a run has one of its own.
 //!
 //! A run that cannot read or write it goes on without: what it says is a convenience ([`super::record`]).
 
 use super::record::{RECORD_LEN, Record};
 use super::report::State;
+use super::shard::Shard;
 use crate::backing::{self, Access, Backing, Kind};
 use crate::crypto::kdf::{self, label};
 use crate::crypto::secret::Secret32;
@@ -14,21 +16,24 @@ use crate::store::walk::is_gone;
 use std::io;
 
 const FOLDER: &[u8] = b"rotation";
-const FILE: &[u8] = b"journal";
+/// Its name; a shard's ends in this.
+pub(super) const NAME: &str = "journal";
 
 /// The journal of a store.
 pub(super) struct Journal<'a, B: Backing> {
     backing: &'a B,
+    name: Vec<u8>,
     key: Secret32,
     last: Option<Record>,
 }
 
 impl<'a, B: Backing> Journal<'a, B> {
-    /// Opens the journal, if there is one.
-    pub(super) fn open(backing: &'a B, keys: &Keys) -> Self {
-        let key = kdf::derive(keys.secret().secret(), label::REPORT_MAC, b"journal");
-        let mut j = Self { backing, key, last: None };
-        match find(backing) {
+    /// Opens the journal, the store's or a shard's, if there is one.
+    pub(super) fn open(backing: &'a B, keys: &Keys, shard: Option<Shard>) -> Self {
+        let name = file_name(shard);
+        let key = kdf::derive(keys.secret().secret(), label::REPORT_MAC, &name);
+        let mut j = Self { backing, name, key, last: None };
+        match find(backing, &j.name) {
             Ok(file) => j.last = file.and_then(|f| read(backing, &f, |b| Record::decode(b, &j.key))),
             Err(e) => tracing::warn!("rotation journal cannot be opened: {e}"),
         }
@@ -59,10 +64,10 @@ impl<'a, B: Backing> Journal<'a, B> {
     /// The journal open for writing; made, durably, if it is not there.
     fn create(&self) -> io::Result<B::File> {
         let folder = make_folder(self.backing)?;
-        match self.backing.lookup(&folder, FILE) {
+        match self.backing.lookup(&folder, &self.name) {
             Ok(node) => self.backing.open(&node, Access::ReadWrite),
             Err(e) if is_gone(&e) => {
-                let (_, file) = self.backing.create(&folder, FILE, 0o600, 0)?;
+                let (_, file) = self.backing.create(&folder, &self.name, 0o600, 0)?;
                 self.backing.sync_dir(&folder)?;
                 Ok(file)
             }
@@ -71,13 +76,18 @@ impl<'a, B: Backing> Journal<'a, B> {
     }
 }
 
-/// What the journal of a store says of its last run, and when that was written, in seconds since the epoch. Takes no key,
-/// so it may be made up.
+/// Name of the journal of the store, or of a shard.
+pub(super) fn file_name(shard: Option<Shard>) -> Vec<u8> {
+    shard.map_or_else(|| NAME.to_owned(), |s| s.file_name(NAME)).into_bytes()
+}
+
+/// What the journal of a store, or of a shard, says of its last run, and when that was written, in seconds since the epoch.
+/// Takes no key, so it may be made up.
 ///
 /// # Errors
 /// The backing directory's.
-pub fn last_noted<B: Backing>(b: &B) -> io::Result<Option<(Record, i64)>> {
-    let Some(file) = find(b)? else { return Ok(None) };
+pub fn last_noted<B: Backing>(b: &B, shard: Option<Shard>) -> io::Result<Option<(Record, i64)>> {
+    let Some(file) = find(b, &file_name(shard))? else { return Ok(None) };
     let noted = b.stat_file(&file)?.mtime.sec;
     Ok(read(b, &file, Record::decode_unverified).map(|r| (r, noted)))
 }
@@ -97,15 +107,19 @@ pub(super) fn make_folder<B: Backing>(b: &B) -> io::Result<B::Node> {
         return Ok(there);
     }
     let store = b.lookup(&b.root()?, STORE_DIR)?;
-    b.mkdir(&store, FOLDER, 0o700, 0)?;
+    match b.mkdir(&store, FOLDER, 0o700, 0) {
+        // Another shard was quicker.
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
     b.sync_dir(&store)?;
     b.lookup(&store, FOLDER)
 }
 
 /// The journal open for reading only, so that a dry run writes nothing.
-fn find<B: Backing>(b: &B) -> io::Result<Option<B::File>> {
+fn find<B: Backing>(b: &B, name: &[u8]) -> io::Result<Option<B::File>> {
     let Some(folder) = folder(b)? else { return Ok(None) };
-    match b.lookup(&folder, FILE) {
+    match b.lookup(&folder, name) {
         Ok(node) if b.stat(&node)?.kind == Kind::File => b.open(&node, Access::Read).map(Some),
         Ok(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         Err(e) if is_gone(&e) => Ok(None),

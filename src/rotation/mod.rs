@@ -15,9 +15,10 @@
 //! | `failures` | what a pass could not deal with | none |
 //! | `estimate` | how long it will take yet | none |
 //! | [`moves`] | what is renamed while a walk is under way | none |
+//! | [`shard`] | which of several machines moves which file | none |
 //! | [`record`] | the journal's record: bytes ↔ type | none |
 //! | [`pace`] | how long to wait before the next header | none |
-//! | `patience` | how long to wait for a key service that does not answer | none |
+//! | [`patience`] | how long to wait for a key service that does not answer | none |
 //! | `courtesy` | which share of the time to work, from what users wait | none |
 //! | `turns` | when a worker may begin the next header | waits |
 //! | `plan` | which KEK headers go to, from the keyring | none |
@@ -29,6 +30,8 @@
 //! | `sweep` | a batch of headers, with barriers | yes |
 //! | `verify` | the fresh scan | reads |
 //! | `run` | all of it in order | yes |
+//! | [`shares`] | reports of shards in the store | yes |
+//! | [`merge`] | the end of a run of several machines, from their reports | yes |
 //! | `restored` | headers that an old backup brought back, moved as they are found | yes |
 //! | `destroy` | one KEK gone, after a fresh scan of its own | yes |
 //! | [`rekey`] | new DEKs and content encrypted anew, for files and trees | yes |
@@ -40,12 +43,13 @@ mod estimate;
 pub mod exceptions;
 mod failures;
 mod journal;
+pub mod merge;
 pub mod moves;
 pub mod options;
 pub mod pace;
 mod pass;
 mod path;
-mod patience;
+pub mod patience;
 mod plan;
 pub mod record;
 pub mod rekey;
@@ -54,6 +58,8 @@ mod restored;
 mod rewrap;
 mod run;
 pub mod sealed;
+pub mod shard;
+pub mod shares;
 mod stage;
 mod sweep;
 #[cfg(test)]
@@ -70,7 +76,8 @@ pub use options::Options;
 pub use plan::is_unfinished;
 pub use report::{Counts, Failing, Failure, Outcome, Progress, Report, State, Status};
 pub use restored::rewrap_restored;
-pub use run::{Context, run};
+pub use run::{Begun, Context, begin, run};
 pub use sealed::SealedReport;
+pub use shard::{Shard, ShareSeen};
 pub use stage::{Staged, stage};
 pub use waive::Waivers;

@@ -1,5 +1,6 @@
 //! What a run is asked to do.
 
+use super::shard::Shard;
 use super::waive::Waivers;
 use crate::format::ids::KekId;
 use crate::format::keyring::KekKind;
@@ -38,6 +39,9 @@ pub struct Options {
     pub restart: bool,
     /// The new KEK, which [`super::stage`] has made already. `kek`, `root`, `restart` and `if_older_than` were for that.
     pub staged: Option<KekId>,
+    /// Deal only with this share of the files, of a run that [`super::begin`] began. The caller holds the locks that go
+    /// with it: nobody changes the keyring meanwhile, and nobody else has the same share.
+    pub shard: Option<Shard>,
 }
 
 impl std::fmt::Debug for Options {
@@ -55,6 +59,7 @@ impl std::fmt::Debug for Options {
             .field("waive", &self.waive)
             .field("restart", &self.restart)
             .field("staged", &self.staged)
+            .field("shard", &self.shard)
             .finish()
     }
 }

@@ -19,6 +19,7 @@ use super::control::{Cancelled, Control};
 use super::failures::Failures;
 use super::moves::{Moved, Moves};
 use super::path;
+use super::shard::Share;
 use crate::backing::{Backing, Kind};
 use crate::format::names::{self, Listed};
 use crate::store::walk::{Dir, Visit, Walk, WalkError, is_gone};
@@ -114,6 +115,8 @@ pub(super) struct Pass<'a, B: Backing> {
     pub(super) workers: usize,
     /// Let users go first at the disk and the processors.
     pub(super) gentle: bool,
+    /// The files to look at, if not all of them. What moves meanwhile is not asked: no shard runs on a store in use.
+    pub(super) share: Option<&'a Share>,
 }
 
 /// How a pass ended.
@@ -373,7 +376,9 @@ impl<B: Backing> Pass<'_, B> {
                     Listed::Unfinished | Listed::Reserved => true,
                     Listed::Sidecar | Listed::DirId => return,
                 };
-                if matches!(entry.kind, Some(Kind::File) | Some(Kind::Dir) | None) {
+                if matches!(entry.kind, Some(Kind::File) | Some(Kind::Dir) | None)
+                    && self.share.is_none_or(|s| s.takes(self.backing, &dir, &entry))
+                {
                     walker.batch.push(Item { place: Place::Named(dir, entry.name), in_order, reserved });
                 }
             }

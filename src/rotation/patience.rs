@@ -8,7 +8,7 @@ const LONGEST: Duration = Duration::from_secs(15);
 
 /// What a run does about errors that pass by themselves, shared by all workers: each answer starts the patience anew.
 #[derive(Debug)]
-pub(super) struct Patience {
+pub struct Patience {
     limit: Duration,
     silence: Option<Silence>,
 }
@@ -23,17 +23,17 @@ struct Silence {
 
 impl Patience {
     /// Gives up once the service has not answered for `limit`; zero: with the first failure.
-    pub(super) fn new(limit: Duration) -> Self {
+    pub fn new(limit: Duration) -> Self {
         Self { limit, silence: None }
     }
 
     /// The service answered.
-    pub(super) fn answered(&mut self) {
+    pub fn answered(&mut self) {
         self.silence = None;
     }
 
     /// It did not, at `now`: how long to wait before the next try; `None` if patience is at its end.
-    pub(super) fn wait(&mut self, now: Instant) -> Option<Duration> {
+    pub fn wait(&mut self, now: Instant) -> Option<Duration> {
         let s = self.silence.get_or_insert(Silence { since: now, next: FIRST, until: now });
         let left = self.limit.checked_sub(now.saturating_duration_since(s.since)).filter(|l| !l.is_zero())?;
         if now < s.until {
@@ -46,7 +46,7 @@ impl Patience {
     }
 
     /// Whether the service is being waited for.
-    pub(super) fn is_waiting(&self) -> bool {
+    pub fn is_waiting(&self) -> bool {
         self.silence.is_some()
     }
 }

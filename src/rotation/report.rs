@@ -1,5 +1,6 @@
 //! What a run says: while it works ([`Status`] through [`Progress`]) and when it ends ([`Report`]).
 
+use super::shard::ShareSeen;
 use crate::format::ids::{KekId, StoreId};
 use crate::store::StoreError;
 use serde::{Deserialize, Serialize};
@@ -199,6 +200,9 @@ pub enum Outcome {
     DryRun,
     /// Nothing was done: the active KEK is younger than asked for.
     NotDue,
+    /// A fresh scan found both slots of every header of one shard's share under the new KEK. The run as a whole is not
+    /// complete before the reports of all shards are merged.
+    ShareComplete,
 }
 
 /// Most failures a report names; it counts all of them.
@@ -251,11 +255,14 @@ pub struct Report {
     pub failures_total: u64,
     /// Generation of the keyring at the end.
     pub generation: u64,
+    /// The share this is about, if it is a shard's report; all of them, if it was merged from such.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareSeen>,
 }
 
 impl Report {
     /// Whether the store is as the run was meant to leave it.
     pub fn is_done(&self) -> bool {
-        matches!(self.outcome, Outcome::Complete | Outcome::DryRun | Outcome::NotDue)
+        matches!(self.outcome, Outcome::Complete | Outcome::DryRun | Outcome::NotDue | Outcome::ShareComplete)
     }
 }

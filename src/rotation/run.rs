@@ -12,6 +12,7 @@ use super::patience::Patience;
 use super::plan;
 use super::report::{Counts, Failing, Failure, Outcome, Progress, Report, State, Status};
 use super::sealed::{SealedReport, seal_key};
+use super::shard::{Share, ShareSeen};
 use super::stage::{Staged, stage};
 use super::sweep::{Sweep, Swept, calls_at_once};
 use super::turns::Turns;
@@ -87,6 +88,34 @@ enum Verdict {
     Behind,
 }
 
+/// Makes the new KEK active to which shards move headers, where no run is unfinished that they could join. The caller holds
+/// the lock of keyring changes.
+///
+/// # Errors
+/// As [`run`].
+pub fn begin<B: Backing>(
+    ctx: &Context<'_, B>,
+    options: &Options,
+    progress: &dyn Progress,
+    control: &Control,
+) -> Result<Begun> {
+    let alone = Options { shard: None, ..options.clone() };
+    let mut run = Run::new(ctx, &alone, progress, control);
+    Ok(match run.begin()? {
+        (target, true) => Begun::To(target),
+        (active, false) => Begun::NotDue(Box::new(run.report(active, Outcome::NotDue))),
+    })
+}
+
+/// What came of [`begin`].
+#[derive(Debug)]
+pub enum Begun {
+    /// Headers go to this KEK.
+    To(KekId),
+    /// Nothing was done.
+    NotDue(Box<Report>),
+}
+
 struct Run<'a, B: Backing> {
     ctx: &'a Context<'a, B>,
     options: &'a Options,
@@ -115,6 +144,10 @@ struct Run<'a, B: Backing> {
     retired: Vec<KekId>,
     destroyed: Vec<KekId>,
     kept: Vec<KekId>,
+    /// The files that are ours, if not all of them.
+    share: Option<Share>,
+    /// What the last scan saw of all files.
+    seen: Option<ShareSeen>,
 }
 
 /// What a pass is at, for the status.
@@ -134,7 +167,7 @@ pub(super) fn now() -> u64 {
 
 impl<'a, B: Backing> Run<'a, B> {
     fn new(ctx: &'a Context<'a, B>, options: &'a Options, progress: &'a dyn Progress, control: &'a Control) -> Self {
-        let journal = Journal::open(&ctx.shared.backing, &ctx.shared.keys);
+        let journal = Journal::open(&ctx.shared.backing, &ctx.shared.keys, options.shard);
         let files = journal.last().map_or(0, |l| l.files);
         Self {
             ctx,
@@ -160,6 +193,8 @@ impl<'a, B: Backing> Run<'a, B> {
             retired: Vec::new(),
             destroyed: Vec::new(),
             kept: Vec::new(),
+            share: options.shard.map(Share::new),
+            seen: None,
         }
     }
 
@@ -180,6 +215,8 @@ impl<'a, B: Backing> Run<'a, B> {
             return Ok(self.report(target, Outcome::NotDue));
         }
         let outcome = match self.move_headers(target)? {
+            // Other shards' files may still name the old KEKs.
+            Ok(true) if self.share.is_some() => Outcome::ShareComplete,
             Ok(true) => {
                 self.except(target)?;
                 self.retire(target)?;
@@ -193,6 +230,7 @@ impl<'a, B: Backing> Run<'a, B> {
                 self.keep_exceptions_of(target);
                 self.enter(State::Done, target, b"");
             }
+            Outcome::ShareComplete => self.enter(State::Done, target, b""),
             // What failed may lie anywhere: the next run begins at the beginning.
             Outcome::Incomplete => self.enter(State::Incomplete, target, b""),
             Outcome::Cancelled | Outcome::DryRun | Outcome::NotDue => {
@@ -206,18 +244,13 @@ impl<'a, B: Backing> Run<'a, B> {
     /// Makes the new KEK active, or goes on with the one an earlier run made. Returns the active KEK, and whether there is
     /// anything to do.
     fn begin(&mut self) -> Result<(KekId, bool)> {
+        if self.share.is_some() {
+            return self.join().map(|target| (target, true));
+        }
         let (keys, b) = (&self.ctx.shared.keys, &self.ctx.shared.backing);
         match stage(self.ctx, self.options)? {
             Staged::NotDue(active) => Ok((active, false)),
-            Staged::Resume(target) => {
-                self.resumed = true;
-                self.target = Some(target);
-                self.tell("resumed", Ok(()));
-                if let Some(l) = self.journal.borrow().last().filter(|l| l.target == target) {
-                    self.started = l.started;
-                }
-                Ok((target, true))
-            }
+            Staged::Resume(target) => Ok((self.resume(target), true)),
             Staged::New(target) => {
                 self.target = Some(target);
                 self.enter(State::Staged, target, b"");
@@ -225,6 +258,26 @@ impl<'a, B: Backing> Run<'a, B> {
                 self.tell("activated", Ok(()));
                 Ok((target, true))
             }
+        }
+    }
+
+    /// Goes on with a run that is under way, or was.
+    fn resume(&mut self, target: KekId) -> KekId {
+        self.resumed = true;
+        self.target = Some(target);
+        self.tell("resumed", Ok(()));
+        if let Some(l) = self.journal.borrow().last().filter(|l| l.target == target) {
+            self.started = l.started;
+        }
+        target
+    }
+
+    /// A shard's beginning: the KEK is there, and the keyring is not ours to change.
+    fn join(&mut self) -> Result<KekId> {
+        let ring = self.ctx.shared.keys.snapshot();
+        match ring.active().filter(|_| plan::is_unfinished(&ring)).map(|k| k.id) {
+            Some(target) => Ok(self.resume(target)),
+            None => Err(StoreError::KeyState("no rotation is unfinished that a shard could join".into())),
         }
     }
 
@@ -283,6 +336,7 @@ impl<'a, B: Backing> Run<'a, B> {
             failures,
             workers,
             gentle: !self.options.full_speed,
+            share: self.share.as_ref(),
         }
     }
 
@@ -355,7 +409,8 @@ impl<'a, B: Backing> Run<'a, B> {
             failures: &failures,
             found: Mutex::new(Found::default()),
         };
-        let pass_began = Instant::now();
+        let (pass_began, began) = (Instant::now(), now());
+        self.share.iter().for_each(Share::count_anew);
         let end = self.pass(&failures, self.options.reader_count()).run(b"", &verify, &mut |_| {
             let found = verify.found.lock();
             let (counts, headers_by_kek) = (found.counts, found.headers.clone());
@@ -373,6 +428,7 @@ impl<'a, B: Backing> Run<'a, B> {
         });
         self.files = found.counts.scanned;
         self.verified = Some(found);
+        self.seen = self.share.as_ref().map(|s| s.seen(began, now()));
         verdict
     }
 
@@ -411,10 +467,7 @@ impl<'a, B: Backing> Run<'a, B> {
     fn retire(&mut self, target: KekId) -> Result<()> {
         let (keys, b) = (&self.ctx.shared.keys, &self.ctx.shared.backing);
         self.enter(State::Retiring, target, b"");
-        for id in plan::unproved(&keys.snapshot()) {
-            keys.retire(b, id)?;
-            self.retired.push(id);
-        }
+        retire_unproved(self.ctx.shared, &mut self.retired)?;
         if self.options.destroy_old {
             let ring = keys.snapshot();
             // What is scheduled has a time of its own.
@@ -445,16 +498,15 @@ impl<'a, B: Backing> Run<'a, B> {
 
     fn enter(&mut self, state: State, target: KekId, cursor: &[u8]) {
         (self.state, self.since) = (state, now());
-        self.tell(state.as_str(), Ok(()));
+        let share_done = self.share.is_some() && state == State::Done;
+        self.tell(if share_done { "share-done" } else { state.as_str() }, Ok(()));
         self.journal.borrow_mut().note(state, target, self.started, self.files, cursor);
         self.show(At::default());
     }
 
     /// Tells the keys' observer how far the run is, with what its sweeps have done so far.
     fn tell(&self, step: &str, result: std::result::Result<(), &str>) {
-        let mut counts = self.swept.named().to_vec();
-        counts.push(("failures_total", self.failed.total));
-        counts.push(("waived", self.failed.waived.len() as u64));
+        let counts = told(self.swept, self.failed.total, self.failed.waived.len() as u64);
         let target = self.target.map(|k| k.0);
         self.ctx.shared.keys.tell(&Change::Rotation { target, step, counts: &counts, result });
     }
@@ -514,11 +566,26 @@ impl<'a, B: Backing> Run<'a, B> {
             failures: self.failed.named.clone(),
             failures_total: self.failed.total,
             generation: keys.snapshot().generation,
+            shares: self.seen.iter().cloned().collect(),
         }
     }
+}
+
+/// What the keys' observer is told of a run: what was done, and how much failed.
+pub(super) fn told(swept: Counts, failed: u64, waived: u64) -> Vec<(&'static str, u64)> {
+    swept.named().into_iter().chain([("failures_total", failed), ("waived", waived)]).collect()
 }
 
 /// Files a second.
 fn rate(files: u64, seconds: f64) -> f64 {
     if seconds > 0.0 { files as f64 / seconds } else { 0.0 }
+}
+
+/// Marks every KEK as proved unused that is retired and was not marked yet.
+pub(super) fn retire_unproved<B: Backing>(shared: &Shared<B>, retired: &mut Vec<KekId>) -> Result<()> {
+    for id in plan::unproved(&shared.keys.snapshot()) {
+        shared.keys.retire(&shared.backing, id)?;
+        retired.push(id);
+    }
+    Ok(())
 }

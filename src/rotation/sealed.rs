@@ -96,6 +96,7 @@ mod tests {
             failures_total: failures.len() as u64,
             failures,
             generation: 5,
+            shares: Vec::new(),
         }
     }
 

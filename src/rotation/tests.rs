@@ -11,6 +11,7 @@ mod model;
 mod refuse;
 mod rekey;
 mod restored;
+mod shards;
 mod staged;
 mod steer;
 mod waive;
@@ -388,21 +389,21 @@ fn the_journal_remembers_where_a_cancelled_run_was() {
     let (disk, root, _) = filled();
     let store = open(disk.clone(), &root);
     let keys = &store.shared().keys;
-    assert_eq!(Journal::open(&disk, keys).last(), None);
+    assert_eq!(Journal::open(&disk, keys, None).last(), None);
     let target = KekId::random();
     for (i, state) in [State::Staged, State::Sweeping, State::Cancelled].into_iter().enumerate() {
-        let mut j = Journal::open(&disk, keys);
+        let mut j = Journal::open(&disk, keys, None);
         j.note(state, target, 7, 9, b"a/b");
-        let back = Journal::open(&disk, keys);
+        let back = Journal::open(&disk, keys, None);
         let last = back.last().unwrap();
         assert_eq!((last.sequence, last.state, last.files), (i as u64 + 1, state, 9));
         assert_eq!((last.target, last.cursor.as_slice()), (target, &b"a/b"[..]));
     }
     // A damaged newer copy: the older one counts.
     disk.flip_bit(".envelopefs/rotation/journal", 4096 + 20, 0).unwrap();
-    assert_eq!(Journal::open(&disk, keys).last().unwrap().state, State::Sweeping);
+    assert_eq!(Journal::open(&disk, keys, None).last().unwrap().state, State::Sweeping);
     disk.truncate_raw(".envelopefs/rotation/journal", 100).unwrap();
-    assert_eq!(Journal::open(&disk, keys).last(), None);
+    assert_eq!(Journal::open(&disk, keys, None).last(), None);
 }
 
 #[test]
@@ -414,7 +415,7 @@ fn a_cursor_that_lies_only_costs_another_sweep() {
     control.cancel();
     let ctx = Context { shared: store.shared(), moves: &*store };
     let target = run(&ctx, &one_job(), &(), &control).unwrap().target;
-    Journal::open(&disk, &store.shared().keys).note(State::Sweeping, target, 1, 0, b"zzzz");
+    Journal::open(&disk, &store.shared().keys, None).note(State::Sweeping, target, 1, 0, b"zzzz");
     let report = rotate(&store, &one_job()).unwrap();
     assert_eq!((report.outcome, report.passes), (Outcome::Complete, 4));
     assert_eq!(keks_named(&disk), BTreeSet::from([target]));

@@ -212,7 +212,15 @@ fn what_moves_across_the_walk_is_visited() {
         let moves: &dyn Moves<SimDisk> = if listed { &*store } else { &NoMoves };
         let visitor = Mover { store: &store, moved: AtomicBool::new(false), seen: Mutex::default() };
         let (control, failures) = (Control::new(), Failures::default());
-        let pass = Pass { backing: &disk, moves, control: &control, failures: &failures, workers: 1, gentle: true };
+        let pass = Pass {
+            backing: &disk,
+            moves,
+            control: &control,
+            failures: &failures,
+            workers: 1,
+            gentle: true,
+            share: None,
+        };
         assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
         assert_eq!(failures.take().total, 0);
         // Without the list, the file that was renamed is missed: the test can fail.
@@ -265,8 +273,15 @@ fn renames_do_not_outrun_a_scan_whose_worker_rests() {
     }
     let visitor = Flood { store: &store, files: FILES, moved: AtomicBool::new(false), seen: Mutex::default() };
     let (control, failures) = (Control::new(), Failures::default());
-    let pass =
-        Pass { backing: &disk, moves: &*store, control: &control, failures: &failures, workers: 1, gentle: true };
+    let pass = Pass {
+        backing: &disk,
+        moves: &*store,
+        control: &control,
+        failures: &failures,
+        workers: 1,
+        gentle: true,
+        share: None,
+    };
     assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
     assert_eq!(failures.take().total, 0);
     assert!(visitor.seen.into_inner().len() >= FILES + 5);

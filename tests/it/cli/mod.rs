@@ -12,6 +12,7 @@ mod memory;
 mod recovery;
 mod rekey;
 mod report;
+mod shards;
 pub mod support;
 pub mod terminal;
 mod transcripts;

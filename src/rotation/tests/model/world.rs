@@ -856,7 +856,7 @@ impl World {
             }
             Outcome::Cancelled => assert!(cancelled),
             Outcome::DryRun => assert!(plan.dry_run),
-            Outcome::NotDue => panic!("{report:?}"),
+            Outcome::NotDue | Outcome::ShareComplete => panic!("{report:?}"),
         }
         if report.outcome != Outcome::Complete {
             assert_eq!((report.retired.len(), report.destroyed.len()), (0, 0), "{report:?}");

@@ -1,0 +1,155 @@
+//! Runs that several shards share, on a simulated disk.
+
+use super::*;
+use crate::backing::sim::{PowerCut, SimOptions};
+use crate::rotation::merge::merge;
+use crate::store::dek_cache::{DekCache, DekCacheLimits};
+use crate::store::shared::Shared;
+
+fn shared(disk: &SimDisk, root: &Arc<Scripted>) -> Shared<SimDisk> {
+    let keys = Keys::open(disk, &roots(root)).unwrap();
+    Shared::new(disk.clone(), keys, DekCache::new(DekCacheLimits::default()), false)
+}
+
+fn ctx(shared: &Shared<SimDisk>) -> Context<'_, SimDisk> {
+    Context { shared, moves: &NoMoves }
+}
+
+fn begin_run(disk: &SimDisk, root: &Arc<Scripted>) -> KekId {
+    match begin(&ctx(&shared(disk, root)), &one_job(), &(), &Control::new()).unwrap() {
+        Begun::To(target) => target,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn run_shard(disk: &SimDisk, root: &Arc<Scripted>, shard: Shard) -> crate::store::Result<Report> {
+    let keys = Keys::open(disk, &roots(root))?;
+    let shared = Shared::new(disk.clone(), keys, DekCache::new(DekCacheLimits::default()), false);
+    run(&ctx(&shared), &Options { shard: Some(shard), ..one_job() }, &(), &Control::new())
+}
+
+fn merged(disk: &SimDisk, root: &Arc<Scripted>, reports: &[Report]) -> Report {
+    merge(&ctx(&shared(disk, root)), reports).unwrap()
+}
+
+fn shards(of: u32) -> Vec<Shard> {
+    Shard::new(1, of).unwrap().all().collect()
+}
+
+#[test]
+fn shards_move_each_file_once_and_the_merge_retires_the_old_kek() {
+    for of in [1, 2, 3, 7] {
+        let (disk, root, tree) = filled();
+        let old = active(&shared(&disk, &root).keys);
+        let target = begin_run(&disk, &root);
+        assert_ne!(target, old);
+        let reports: Vec<Report> = shards(of).into_iter().map(|s| run_shard(&disk, &root, s).unwrap()).collect();
+        for r in &reports {
+            assert_eq!((r.outcome, r.target, r.retired.len(), r.shares.len()), (Outcome::ShareComplete, target, 0, 1));
+            assert_eq!((r.shares[0].listed, r.shares[0].own), (6, r.verify.unwrap().scanned), "{of}");
+            assert!(shared(&disk, &root).keys.kek(old).is_ok());
+        }
+        assert_eq!(reports.iter().map(|r| r.sweep.rewrapped).sum::<u64>(), 4, "each header once");
+        assert_eq!(keks_named(&disk), BTreeSet::from([target]));
+        let all = merged(&disk, &root, &reports);
+        assert_eq!((all.outcome, all.retired.as_slice()), (Outcome::Complete, &[old][..]));
+        assert_eq!((all.verify.unwrap().current, all.shares.len()), (5, of as usize));
+        assert!(!is_unfinished(&shared(&disk, &root).keys.snapshot()));
+        assert_eq!(read_all(&open(disk.clone(), &root)), tree);
+        // There is nothing to join or merge any more.
+        assert!(run_shard(&disk, &root, shards(of)[0]).is_err());
+        assert!(merge(&ctx(&shared(&disk, &root)), &reports).is_err());
+    }
+}
+
+#[test]
+fn a_missing_share_keeps_the_old_kek_and_a_rotation_alone_finishes() {
+    let (disk, root, tree) = filled();
+    let target = begin_run(&disk, &root);
+    let report = run_shard(&disk, &root, shards(2)[0]).unwrap();
+    let before = shared(&disk, &root).keys.snapshot();
+    let short = merged(&disk, &root, &[report]);
+    assert_eq!((short.outcome, short.failures_total), (Outcome::Incomplete, 1));
+    assert_eq!((short.failures[0].path.as_str(), short.failures[0].code.as_str()), ("share 2/2", "share-missing"));
+    assert_eq!(shared(&disk, &root).keys.snapshot(), before, "nothing was changed");
+    let alone = rotate(&open(disk.clone(), &root), &one_job()).unwrap();
+    assert_eq!((alone.outcome, alone.target, alone.resumed), (Outcome::Complete, target, true));
+    assert_eq!(keks_named(&disk), BTreeSet::from([target]));
+    assert_eq!(read_all(&open(disk, &root)), tree);
+}
+
+/// The scan is what a share proves by, not what it remembers of its sweep.
+#[test]
+fn an_old_backup_that_comes_back_between_shards_is_noticed() {
+    let (disk, root, _) = filled();
+    begin_run(&disk, &root);
+    let first = run_shard(&disk, &root, shards(2)[0]).unwrap();
+    // As cp makes it: a new inode.
+    let node = disk.root().unwrap();
+    disk.create(&node, b"restored", 0o600, 0).unwrap();
+    let second = run_shard(&disk, &root, shards(2)[1]).unwrap();
+    let all = merged(&disk, &root, &[first, second]);
+    assert_eq!((all.outcome, all.failures[0].code.as_str()), (Outcome::Incomplete, "share-differs"));
+    let reports: Vec<Report> = shards(2).into_iter().map(|s| run_shard(&disk, &root, s).unwrap()).collect();
+    assert_eq!(merged(&disk, &root, &reports).outcome, Outcome::Complete);
+}
+
+#[test]
+fn a_shard_does_not_touch_the_keyring_or_another_shards_files() {
+    let (disk, root, _) = filled();
+    begin_run(&disk, &root);
+    let ring = |d: &SimDisk| ["keyring.a", "keyring.b"].map(|n| d.read_raw(format!(".envelopefs/{n}")).unwrap());
+    let (rings, before) = (ring(&disk), keks_named(&disk));
+    let none = shards(2).into_iter().map(|s| run_shard(&disk.crash_process(), &root, s).unwrap().sweep.rewrapped);
+    assert_eq!(none.sum::<u64>(), 4);
+    assert_eq!((ring(&disk), keks_named(&disk)), (rings, before));
+}
+
+#[test]
+fn a_shard_can_be_killed_or_lose_power_after_every_operation() {
+    let (base, root) = (SimDisk::new(SimOptions::default()), Scripted::new("root"));
+    init(&base, &root);
+    let tree = fill(&open(base.clone(), &root));
+    let target = begin_run(&base, &root);
+    base.sync_all().unwrap();
+    let moved = |s: &Shard| run_shard(&base.crash_process(), &root, *s).unwrap().sweep.rewrapped;
+    // The one with more to do.
+    let one = shards(2).into_iter().max_by_key(moved).unwrap();
+    let length = {
+        let d = base.crash_process();
+        let before = d.operations();
+        assert!(run_shard(&d, &root, one).unwrap().sweep.rewrapped >= 2);
+        d.operations() - before
+    };
+    assert!(length > 10, "{length}");
+    for n in 0..=length {
+        for cut in [None, Some(PowerCut::Lose), Some(PowerCut::Reorder { tear: true })] {
+            let d = base.crash_process();
+            d.stop_after(d.operations() + n);
+            // Whatever it says; it may even be done.
+            let _ = run_shard(&d, &root, one);
+            let d = cut.map_or_else(|| d.crash_process(), |cut| d.crash_power(n, cut));
+            let what = format!("{cut:?} after {n} of {length}");
+            assert_eq!(read_all(&open(d.clone(), &root)), tree, "{what}");
+            let reports: Vec<Report> = shards(2).into_iter().map(|s| run_shard(&d, &root, s).unwrap()).collect();
+            assert_eq!(merged(&d, &root, &reports).outcome, Outcome::Complete, "{what}: {reports:?}");
+            assert_eq!(keks_named(&d), BTreeSet::from([target]), "{what}");
+            assert_eq!(read_all(&open(d, &root)), tree, "{what}, after");
+        }
+    }
+}
+
+#[test]
+fn a_cursor_of_a_shard_that_lies_only_costs_another_sweep() {
+    use super::super::journal::Journal;
+    let (disk, root, _) = filled();
+    let target = begin_run(&disk, &root);
+    for s in shards(2) {
+        let shared = shared(&disk, &root);
+        Journal::open(&disk, &shared.keys, Some(s)).note(State::Sweeping, target, 1, 0, b"zzzz");
+    }
+    let reports: Vec<Report> = shards(2).into_iter().map(|s| run_shard(&disk, &root, s).unwrap()).collect();
+    assert!(reports.iter().any(|r| r.passes == 4), "{reports:?}");
+    assert_eq!(merged(&disk, &root, &reports).outcome, Outcome::Complete);
+    assert_eq!(keks_named(&disk), BTreeSet::from([target]));
+}

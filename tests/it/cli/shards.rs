@@ -1,0 +1,220 @@
+//! A rotation that several processes share, as several machines would.
+
+use super::support::{Bench, can_mount, wait_for};
+use serde_json::Value;
+use std::fs;
+use std::process::{Child, Output};
+
+/// An unmounted store with names in clear and `n` files, named by numbers, some of them in a directory.
+fn with_files(n: usize) -> Bench {
+    let b = Bench::new();
+    b.ok("init back --key keyfile:DIR/key --plaintext-names");
+    b.ok("mount back mnt");
+    fs::create_dir(b.path("mnt/d")).unwrap();
+    for i in 0..n {
+        let dir = if i % 3 == 0 { "mnt/d" } else { "mnt" };
+        fs::write(b.path(dir).join(i.to_string()), i.to_string()).unwrap();
+    }
+    fs::hard_link(b.path("mnt/d/0"), b.path("mnt/another name")).unwrap();
+    b.ok("unmount mnt");
+    b
+}
+
+fn ended(c: Child) -> Output {
+    c.wait_with_output().unwrap()
+}
+
+fn report(b: &Bench, name: &str) -> Value {
+    let v: Value = serde_json::from_slice(&fs::read(b.path(name)).unwrap()).unwrap();
+    v["report"].clone()
+}
+
+/// Runs what must fail with `code`, saying all of `says`.
+#[track_caller]
+fn refused(b: &Bench, line: &str, code: i32, says: &[&str]) {
+    let o = b.run(line);
+    let said = b.masked(&o.stdout) + &b.masked(&o.stderr);
+    assert_eq!(o.status.code(), Some(code), "{line}: {said}");
+    for s in says {
+        assert!(said.contains(s), "{line}: {s:?} is not in {said}");
+    }
+}
+
+fn unfinished(b: &Bench) -> bool {
+    b.json("status back --json")["rotation_unfinished"] == true
+}
+
+#[test]
+fn three_shards_at_once_and_a_merge_are_one_rotation() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(300);
+    let before = b.json("key list back --json")["generation"].clone();
+    let running: Vec<Child> =
+        (1..=3).map(|k| b.spawn(&format!("rotate back --shard {k}/3 --json --report DIR/r{k}"))).collect();
+    let outs: Vec<Output> = running.into_iter().map(ended).collect();
+    for o in &outs {
+        assert_eq!(o.status.code(), Some(0), "{}", b.masked(&o.stderr));
+    }
+    let shares: Vec<Value> = outs.iter().map(|o| serde_json::from_slice(&o.stdout).unwrap()).collect();
+    let sum = |of: &dyn Fn(&Value) -> u64| shares.iter().map(of).sum::<u64>();
+    assert_eq!(sum(&|r| r["sweep"]["rewrapped"].as_u64().unwrap()), 300, "each header once");
+    assert_eq!(sum(&|r| r["shares"][0]["own"].as_u64().unwrap()), 301, "each name once");
+    for (i, r) in shares.iter().enumerate() {
+        assert_eq!((&r["outcome"], &r["retired"]), (&"share-complete".into(), &Value::Array(vec![])));
+        assert_eq!((&r["target"], &r["shares"][0]["listed"]), (&shares[0]["target"], &301.into()));
+        assert_eq!(report(&b, &format!("r{}", i + 1)), *r);
+    }
+    assert!(unfinished(&b), "not before the merge");
+    refused(
+        &b,
+        "rotate back --status",
+        9,
+        &["shards    3 of 3 done, 0 begun, 0 never heard of\n", "rotate --merge ends it"],
+    );
+    let said = b.ok("key verify-report r2 back");
+    assert!(said.contains("share      2/3, ") && said.contains("nothing about the other shares"), "{said}");
+    // What an earlier rotation had to leave out is proved now.
+    let left_out = b.path("back/.envelopefs/rotation/waived.json");
+    fs::copy(b.path("r2"), &left_out).unwrap();
+    // The merge takes them from the store, or by name.
+    let all = b.json("rotate back --merge --json --report DIR/all");
+    assert_eq!((&all["outcome"], &all["sweep"]["rewrapped"]), (&"complete".into(), &300.into()));
+    assert_eq!((&all["verify"]["current"], &all["target"]), (&301.into(), &shares[0]["target"]));
+    assert_eq!((all["shares"].as_array().unwrap().len(), all["retired"].as_array().unwrap().len()), (3, 1));
+    assert!(!unfinished(&b) && !left_out.exists());
+    let status = b.json("rotate back --status --json");
+    assert_eq!((&status["last_rotation"]["state"], &status["shards"]), (&"done".into(), &Value::Array(vec![])));
+    // Staged, activated, one KEK retired: no shard wrote the keyring but the first.
+    let after = b.json("key list back --json")["generation"].clone();
+    assert_eq!(after.as_u64().unwrap(), before.as_u64().unwrap() + 3);
+    assert!(b.ok("key verify-report all back").contains("rotation   complete"));
+    refused(&b, "rotate back --merge", 1, &["no rotation is unfinished"]);
+    b.ok("mount back mnt");
+    for (path, content) in [("mnt/d/0", "0"), ("mnt/another name", "0"), ("mnt/299", "299")] {
+        assert_eq!(fs::read_to_string(b.path(path)).unwrap(), content);
+    }
+    refused(&b, "rotate back --shard 1/3", 7, &["is in use by another process (pid PID for mount)"]);
+    refused(&b, "rotate back --merge", 7, &["is in use"]);
+}
+
+#[test]
+fn a_shard_that_was_killed_is_started_again_and_keeps_others_out_while_it_runs() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(400);
+    let mut slow = b.spawn("rotate back --shard 1/2 --rate 10");
+    wait_for("the shard's sweep", || b.path("back/.envelopefs/rotation/shard-1-of-2.journal").exists());
+    refused(&b, "mount back mnt", 7, &["for rotate shard 1 of 2)"]);
+    refused(&b, "rotate back", 7, &["is in use"]);
+    refused(&b, "rotate back --shard 1/2", 7, &["share 1/2 of store", "is being worked on"]);
+    refused(&b, "rotate back --shard 2/3", 7, &["shards of another division run (2 of them"]);
+    refused(&b, "rotate back --shard 2/2 --kek external", 2, &["which is sealed"]);
+    refused(&b, "rotate back --merge", 7, &["shards 1/2 are at work"]);
+    assert_eq!(b.json("status back --json")["locked"], true);
+    // The other one does not mind.
+    b.ok("rotate back --shard 2/2");
+    let at_work = b.ok("rotate back --status");
+    let says = [
+        "state     shared out among machines\n",
+        "shards    1 of 2 done, 1 begun, 0 never heard of\n  1/2: rewrapping, ",
+    ];
+    assert!(says.iter().all(|s| at_work.contains(s)) && !at_work.contains("unfinished"), "{at_work}");
+    slow.kill().unwrap();
+    assert!(!ended(slow).status.success());
+    refused(&b, "rotate back --status", 9, &["  1/2: rewrapping, ", "unfinished: when all shards are done"]);
+    let short = ["failed: share 1/2: no report of it; last heard ", "(share-missing)", "1 shares are not done"];
+    refused(&b, "rotate back --merge", 9, &short);
+    assert!(unfinished(&b));
+    // Cancelled in order, it leaves no report that says it was done.
+    let slow = b.spawn("rotate back --shard 1/2 --rate 10");
+    wait_for("the shard's locks", || b.run("rotate back --merge").status.code() == Some(7));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&slow), rustix::process::Signal::TERM).unwrap();
+    assert_eq!(ended(slow).status.code(), Some(9));
+    refused(&b, "rotate back --merge", 9, &short[..2]);
+    b.ok("rotate back --shard 1/2");
+    assert!(b.ok("rotate back --merge").contains("complete: "));
+    assert!(!unfinished(&b));
+}
+
+#[test]
+fn a_rotation_alone_finishes_what_shards_left() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(60);
+    let said = b.ok("rotate back --shard 1/2 --export DIR/copy");
+    assert!(said.contains("share 1/2 is done; the rotation is not complete before all 2 are merged\n"), "{said}");
+    // From before the new KEK was active, and with it; one that goes on writes what there is.
+    let keyring = || fs::read(b.path("back/.envelopefs/keyring.a")).unwrap();
+    assert_ne!(fs::read(b.path("copy")).unwrap(), keyring());
+    b.ok("rotate back --shard 1/2 --export DIR/copy");
+    assert_eq!(fs::read(b.path("copy")).unwrap(), keyring());
+    assert!(unfinished(&b));
+    let rest = b.json("rotate back --json");
+    assert_eq!((&rest["outcome"], &rest["resumed"]), (&"complete".into(), &true.into()));
+    assert!(rest["sweep"]["rewrapped"].as_u64().unwrap() < 60);
+    assert!(!unfinished(&b));
+    // One that comes late does not begin anew, if it is told when that would be due.
+    let late = b.ok("rotate back --shard 2/2 --if-older-than 90d");
+    assert!(late.starts_with("not due: "), "{late}");
+    assert!(!unfinished(&b));
+}
+
+#[test]
+fn only_genuine_reports_of_this_rotation_are_merged() {
+    if !can_mount() {
+        return;
+    }
+    let (b, other) = (with_files(20), with_files(20));
+    for bench in [&b, &other] {
+        for k in 1..=2 {
+            bench.ok(&format!("rotate back --shard {k}/2 --report DIR/r{k}"));
+        }
+    }
+    let in_store = b.path("back/.envelopefs/rotation/shard-2-of-2.report");
+    let good = fs::read_to_string(&in_store).unwrap();
+    assert_eq!(good, fs::read_to_string(b.path("r2")).unwrap());
+    let generation = b.json("key list back --json")["generation"].clone();
+    // Edited, empty, another store's.
+    let edited = good.replacen("\"failures_total\": 0", "\"failures_total\": 1", 1);
+    assert_ne!(edited, good);
+    for bad in [edited, String::new(), fs::read_to_string(other.path("r2")).unwrap()] {
+        fs::write(&in_store, &bad).unwrap();
+        refused(
+            &b,
+            "rotate back --merge",
+            8,
+            &["the report of shard 2/2 in the store: not sealed", "nothing was merged"],
+        );
+        fs::write(b.path("bad"), &bad).unwrap();
+        refused(&b, "rotate back --merge DIR/r1 DIR/bad", 8, &["DIR/bad: not sealed with the key of this store"]);
+    }
+    fs::write(&in_store, &good).unwrap();
+    // The same share twice is not two shares.
+    refused(&b, "rotate back --merge DIR/r1 DIR/r1", 9, &["failed: share 2/2: no report of it"]);
+    assert_eq!(b.json("key list back --json")["generation"], generation, "nothing was changed");
+    b.ok("rotate back --merge DIR/r2 DIR/r1");
+    // The next rotation: the reports that lie there are of another one.
+    b.ok("rotate back --shard 1/2");
+    refused(&b, "rotate back --merge", 9, &["failed: share 2/2: its report is of another rotation, to KEK ID"]);
+    refused(
+        &b,
+        "rotate back --merge DIR/r1 DIR/r2",
+        9,
+        &["share 1/2: its report is of another", "share 2/2: its report"],
+    );
+    for (line, says) in [
+        ("rotate back --shard 3/2", "1 <= K <= N"),
+        ("rotate back --shard 1/2 --restart", "cannot be used with"),
+        ("rotate back --shard 1/2 --destroy-old", "cannot be used with"),
+        ("rotate back --shard 1/2 --waive DIR/r1", "cannot be used with"),
+        ("rotate back --merge --export DIR/r1", "cannot be used with"),
+        ("rotate back --merge --waive DIR/r1", "cannot be used with"),
+        ("rotate back --merge --dry-run", "cannot be used with"),
+    ] {
+        refused(&b, line, 2, &[says]);
+    }
+}

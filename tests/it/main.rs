@@ -3,6 +3,7 @@
 mod cli;
 mod golden;
 mod mount;
+mod scale;
 mod services;
 mod store_model;
 mod tamper;

@@ -184,6 +184,9 @@ fn a_mount_outlives_the_server_and_its_token() {
     let b = Bench::new();
     let config = format!(
         r#"
+[defaults]
+dek_pool = 0
+
 [defaults.dek_cache]
 entries = 0
 

@@ -9,7 +9,7 @@ use crate::daemon::mounts;
 use crate::daemon::protocol::{Reply, Request};
 use crate::rotation::Status;
 use crate::rotation::rekey::{self, RekeyCounts, RekeyOutcome, RekeyReport};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// Why a rotation would not have done, and what this has not.
@@ -64,8 +64,7 @@ fn below_one_mount(paths: &[PathBuf]) -> Result<(PathBuf, Vec<Vec<u8>>), Fault> 
             let text = format!("{}: in another store than the first path; rekey one store at a time", p.display());
             return Err(Fault::new(FaultKind::Usage, text));
         }
-        let rest = found.strip_prefix(&mount.mountpoint).unwrap_or(Path::new(""));
-        below.push(rest.as_os_str().as_bytes().to_vec());
+        below.push(mount.from_root(&found).into_os_string().into_vec());
         at = Some(mount.mountpoint.clone());
     }
     let at = at.ok_or_else(|| Fault::new(FaultKind::Usage, "no path was given"))?;

@@ -11,6 +11,8 @@ pub const FS_TYPE: &str = "fuse.envelopefs";
 /// One line of mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// What of its file system is mounted: `/` but for bind mounts.
+    pub root: PathBuf,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
     /// File system type with its subtype, such as `fuse.envelopefs`.
@@ -25,6 +27,12 @@ impl Mount {
     /// Whether it is an envelopefs mount.
     pub fn is_ours(&self) -> bool {
         self.fs_type == FS_TYPE
+    }
+
+    /// `path`, which lies below the mount point, from the root of the file system.
+    pub fn from_root(&self, path: &Path) -> PathBuf {
+        let below = path.strip_prefix(&self.mountpoint).unwrap_or(path);
+        self.root.strip_prefix("/").unwrap_or(&self.root).join(below)
     }
 
     /// The user who mounted it, from the FUSE option `user_id=`.
@@ -89,13 +97,14 @@ fn parse(text: &[u8]) -> Vec<Mount> {
 
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
-    let mountpoint = path(fields.nth(4)?);
+    let root = path(fields.nth(3)?);
+    let mountpoint = path(fields.next()?);
     let mut options = list_of(fields.next()?);
     let mut after = fields.skip_while(|f| *f != b"-").skip(1);
     let fs_type = String::from_utf8_lossy(after.next()?).into_owned();
     let source = path(after.next()?);
     options.extend(list_of(after.next().unwrap_or_default()));
-    Some(Mount { mountpoint, fs_type, source, options })
+    Some(Mount { root, mountpoint, fs_type, source, options })
 }
 
 fn list_of(field: &[u8]) -> Vec<String> {
@@ -136,7 +145,7 @@ mod tests {
     const TEXT: &str = "\
 23 28 0:21 / /proc rw,nosuid shared:13 - proc proc rw
 90 28 0:52 / /mnt/a\\040b rw,nosuid,nodev,relatime shared:1 master:2 - fuse.envelopefs /srv/x\\134y rw,user_id=1000,group_id=0,allow_other
-91 28 0:53 / /mnt/c ro - fuse.other /srv/x ro
+91 28 0:53 /d\\040e /mnt/c ro - fuse.other /srv/x ro
 garbage
 92 28";
 
@@ -150,6 +159,9 @@ garbage
         assert_eq!(m[1].owner(), Some(1000));
         assert_eq!(m[0].owner(), None);
         assert_eq!(m[2].options, ["ro", "ro"]);
+        assert_eq!(m[1].from_root(Path::new("/mnt/a b/x/y")), Path::new("x/y"));
+        assert_eq!(m[2].from_root(Path::new("/mnt/c/x")), Path::new("d e/x"));
+        assert_eq!(m[2].from_root(Path::new("/mnt/c")), Path::new("d e"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const WHY: &str = "\
@@ -135,6 +136,35 @@ fn paths_and_criteria_choose() {
         2,
         "invalid value 'tomorrow' for '--written-before <DATE>': not a date such as 2026-11-24, or a date and time such as 2026-11-24T18:00:00Z; see --help",
     );
+}
+
+/// A bind mount shows a part of the store at another place, also as an envelopefs mount: the path below it was taken for
+/// one from the store's root.
+#[test]
+fn a_path_below_a_bind_mount_is_the_file_that_is_seen_there() {
+    if !can_mount() || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let b = mounted();
+    fs::create_dir_all(b.path("mnt/home/d")).unwrap();
+    fs::create_dir(b.path("bound")).unwrap();
+    let names = ["f", "d/f", "home/f", "home/d/f"];
+    fs::create_dir(b.path("mnt/d")).unwrap();
+    for n in names {
+        fs::write(b.path(&format!("mnt/{n}")), n).unwrap();
+    }
+    let ids = || names.map(|n| file_id(&b, n));
+    for (path, want) in [("bound/f", [false, false, true, false]), ("bound/d", [false, false, false, true])] {
+        let before = ids();
+        let mut c = Command::new("unshare");
+        b.prepare(&mut c);
+        let script = format!("mount --bind mnt/home bound && exec {} rekey {path}", env!("CARGO_BIN_EXE_envelopefs"));
+        let o = c.args(["-m", "--propagation", "private", "sh", "-c", &script]).output().unwrap();
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+        let after = ids();
+        assert_eq!(std::array::from_fn(|i| before[i] != after[i]), want, "{path}");
+    }
+    b.ok("unmount mnt");
 }
 
 #[test]

@@ -36,8 +36,11 @@ pub(super) const BATCH: usize = 256;
 const TICK: Duration = Duration::from_millis(200);
 /// How often the list of moves is taken.
 const COLLECT_EVERY: Duration = Duration::from_millis(10);
-/// The folder of directories on their way in and out, in the store's own.
-const POOL: &[u8] = b"pool";
+/// Folders in the store's own that may hold files: directories on their way in and out, of which a crash may leave one,
+/// and the copies of a rekey, one of which the next open puts in the place of files that it did not come to the end with.
+const OWN_FOLDERS: [&[u8]; 2] = [b"pool", b"rekey"];
+/// The second one's path.
+const COPIES: &[u8] = b".envelopefs/rekey";
 /// What a fresh ext file system holds.
 const LOST_AND_FOUND: &[u8] = b"lost+found";
 /// Stands for the path of what was renamed while the walk was under way.
@@ -307,7 +310,7 @@ impl<B: Backing> Pass<'_, B> {
             Start::After(cursor) => match Walk::after(self.backing, &cursor) {
                 Ok(w) => {
                     stack.push(w);
-                    stack.extend(self.pool_walk());
+                    stack.extend(self.own_walks());
                 }
                 Err(e) => self.failures.add("/".to_owned(), &e.into()),
             },
@@ -338,18 +341,20 @@ impl<B: Backing> Pass<'_, B> {
         Ok(())
     }
 
-    /// Directories on their way out lie in the store's own folder; one that a crash left there may hold files.
-    fn pool_walk(&self) -> Option<Walk<'_, B>> {
+    /// What there is of [`OWN_FOLDERS`].
+    fn own_walks(&self) -> impl Iterator<Item = Walk<'_, B>> {
         let b = self.backing;
-        let pool = b.root().and_then(|r| b.lookup(&r, names::STORE_DIR)).and_then(|own| b.lookup(&own, POOL));
-        match pool {
-            Ok(node) => Some(Walk::below(b, Arc::new(node), [names::STORE_DIR, b"/", POOL].concat())),
-            Err(e) if is_gone(&e) => None,
-            Err(e) => {
-                self.failures.add_directory(".envelopefs/pool".to_owned(), &e.into());
-                None
+        OWN_FOLDERS.into_iter().filter_map(move |folder| {
+            let path = [names::STORE_DIR, b"/", folder].concat();
+            match b.root().and_then(|r| b.lookup(&r, names::STORE_DIR)).and_then(|own| b.lookup(&own, folder)) {
+                Ok(node) => Some(Walk::below(b, Arc::new(node), path)),
+                Err(e) if is_gone(&e) => None,
+                Err(e) => {
+                    self.failures.add_directory(path::shown(&path), &e.into());
+                    None
+                }
             }
-        }
+        })
     }
 
     /// Sends the batch if it has at least `full` files; says whether it did.
@@ -371,8 +376,8 @@ impl<B: Backing> Pass<'_, B> {
             Ok(Visit::Dir { .. }) => {}
             Ok(Visit::Entry { dir, entry }) => {
                 let reserved = match names::classify(&entry.name) {
-                    // What a file system check saved is looked at, but need not be one of ours.
-                    Listed::Short | Listed::Long => dir.path() == LOST_AND_FOUND,
+                    // What a file system check saved is looked at, but need not be one of ours; a copy may be half made.
+                    Listed::Short | Listed::Long => [LOST_AND_FOUND, COPIES].contains(&dir.path()),
                     Listed::Unfinished | Listed::Reserved => true,
                     Listed::Sidecar | Listed::DirId => return,
                 };

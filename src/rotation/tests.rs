@@ -266,6 +266,29 @@ fn a_dry_run_counts_and_changes_nothing() {
     assert_eq!(report.verify.unwrap().scanned, tree.len() as u64);
 }
 
+/// A rekey that was cut off leaves a copy which the next open puts in the place of users' files; no pass looked at it.
+#[test]
+fn a_copy_that_a_rekey_left_behind_is_moved_and_seen_too() {
+    let (disk, root, _) = filled();
+    let store = open(disk.clone(), &root);
+    let header = disk.read_raw(content_files(&disk).remove(0)).unwrap();
+    let own = disk.lookup(&disk.root().unwrap(), b".envelopefs").unwrap();
+    disk.mkdir(&own, b"rekey", 0o700, 0).unwrap();
+    let folder = disk.lookup(&own, b"rekey").unwrap();
+    let put = |name: &[u8], bytes: &[u8]| {
+        let (_, file) = disk.create(&folder, name, 0o600, 0).unwrap();
+        disk.write_at(&file, bytes, 0).unwrap();
+    };
+    put(b"linked.copy", &header);
+    // Half made: nothing that anybody could open.
+    put(b"new.copy", &[0; 8192]);
+    let report = rotate(&store, &one_job()).unwrap();
+    assert_eq!(report.outcome, Outcome::Complete, "{report:?}");
+    assert_eq!(report.headers_by_kek, BTreeMap::from([(report.target, 6)]));
+    let moved = disk.read_raw(b".envelopefs/rekey/linked.copy").unwrap();
+    assert_eq!(moved[128..144], report.target.0);
+}
+
 #[test]
 fn a_header_counts_for_every_kek_that_it_names() {
     let (disk, root, _) = filled();

@@ -118,6 +118,11 @@ impl<B: Backing> Store<B> {
             if new_sidecar && dst.st.is_none() {
                 self.drop_sidecar(&dst.fd, &dst.name);
             }
+            // Several calls: the source may have moved, and even have moved back.
+            if matches!(plan, Plan::OverEmptyDir(_)) && self.moves.on() {
+                self.record_move(dst);
+                self.record_move(src);
+            }
         })?;
         self.renamed(src, dst, mode, mover, leaving);
         if let Some(replaced) = target {
@@ -262,6 +267,8 @@ impl<B: Backing> Store<B> {
         let b = self.backing();
         match b.lookup(&end.fd, end.name.content()).and_then(|n| b.stat(&n).map(|st| (n, st))) {
             Ok((n, st)) => self.moves.record(key(&st), Arc::new(n)),
+            // A rename that failed half-way may leave one of its names without anything.
+            Err(e) if is(&e, libc::ENOENT) => {}
             Err(e) => {
                 tracing::warn!("a renamed inode could not be kept for the scan, which begins anew: {e}");
                 self.moves.lose();

@@ -511,3 +511,27 @@ fn a_file_opened_while_it_is_being_made_has_one_core() {
         }
     });
 }
+
+/// A directory that takes an empty one's place is moved by several calls. One that failed in between had moved, and the
+/// scan did not hear of it.
+#[test]
+fn a_rename_that_fails_half_way_is_on_the_list_of_moves() {
+    for fails in 0..4 {
+        let (disk, s) = new_sim();
+        let root = s.root();
+        for d in [b"full", b"none"] {
+            s.mkdir(&root, d, 0o755, 0, None).unwrap();
+        }
+        s.track_moves(true);
+        disk.fail_next(Some(crate::backing::sim::Op::Rename), fails, libc::ENOSPC);
+        let before = s.lookup(&root, b"full").unwrap().0.key();
+        let done = s.rename(&root, b"full", &root, b"none", RenameMode::Replace);
+        disk.clear_faults();
+        let moved = s.take_moved();
+        let listed = moved.nodes.iter().any(|n| {
+            let st = disk.stat(n).unwrap();
+            (st.dev, st.ino) == before
+        });
+        assert!(listed && !moved.overflowed, "{fails}: {done:?}");
+    }
+}

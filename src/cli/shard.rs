@@ -17,6 +17,7 @@ use crate::format::keyring::Keyring;
 use crate::rotation::{Begun, Control, Options, Report, SealedReport, Shard, Staged, is_unfinished};
 use crate::store::StoreError;
 use crate::store::keys::KekKind;
+use crate::store::rekey;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,7 +66,17 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// Under the locks, so that nobody can leave one half done after the look.
     fn open(&self) -> Result<SharedStore<Posix>, Fault> {
+        let backing = &self.place.backing;
+        if rekey::is_interrupted(&self.place.posix).map_err(|e| Fault::io("read", backing, &e))? {
+            let text = format!(
+                "store {}: a rekey of files with several names was interrupted, and shards cannot finish it; mount the \
+                 store once, or rotate it without --shard",
+                backing.display()
+            );
+            return Err(Fault::new(FaultKind::Busy, text));
+        }
         open_keys(self.a, self.place, self.config, self.observed).map(|(b, keys)| SharedStore::new(b, keys))
     }
 

@@ -136,6 +136,8 @@ struct Run<'a, B: Backing> {
     linked_done: Mutex<HashSet<FileId>>,
     /// Files that failed: the second walk passes them over.
     gave_up: Mutex<HashSet<InodeKey>>,
+    /// Ids of the nodes that are being rekeyed: what is renamed while it is walked may be met twice at once.
+    under_way: Mutex<HashSet<u64>>,
     /// The second walk is under way.
     second: bool,
     copied: AtomicU64,
@@ -144,6 +146,29 @@ struct Run<'a, B: Backing> {
 
 fn cancelled() -> StoreError {
     io::Error::from_raw_os_error(libc::ECANCELED).into()
+}
+
+/// Of a file whose names could not be found, or were others each time.
+fn evasive() -> StoreError {
+    io::Error::from_raw_os_error(libc::EBUSY).into()
+}
+
+/// A node's place among those that are being rekeyed, until this is dropped.
+struct Turn<'a>(&'a Mutex<HashSet<u64>>, u64);
+
+impl<'a> Turn<'a> {
+    /// `None` if it is being rekeyed already.
+    fn take<B: Backing>(under_way: &'a Mutex<HashSet<u64>>, node: &Node<B>) -> Option<Self> {
+        let id = node.id();
+        // Made only then: its drop would end the turn of whoever has it.
+        under_way.lock().insert(id).then(|| Self(under_way, id))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.lock().remove(&self.1);
+    }
 }
 
 fn is_cancelled(e: &StoreError) -> bool {
@@ -191,6 +216,7 @@ pub fn rekey<B: Backing>(
         linked: Mutex::default(),
         linked_done: Mutex::default(),
         gave_up: Mutex::default(),
+        under_way: Mutex::default(),
         second: false,
         copied: AtomicU64::new(0),
         began: Instant::now(),
@@ -241,6 +267,11 @@ fn outermost(paths: &[Vec<u8>]) -> Vec<&[u8]> {
         }
     }
     kept.into_iter().map(|(_, path)| path).collect()
+}
+
+/// The path of an entry of the directory at `path`.
+fn below(path: &str, name: &[u8]) -> String {
+    if path.is_empty() { shown(name) } else { format!("{path}/{}", shown(name)) }
 }
 
 /// What lies at a path from the root: its node, and its name unless it is the root itself.
@@ -322,19 +353,22 @@ impl<B: Backing> Run<'_, B> {
         }
         while let Some((dir, path)) = todo.pop() {
             self.checkpoint()?;
-            let entries = match self.store.read_dir(&dir) {
-                Ok(e) => e,
+            let (entries, left_out) = match self.store.list(&dir) {
+                Ok(found) => found,
                 Err(StoreError::NotFound) => continue,
                 Err(e) => {
                     self.failed_dir(path, &e);
                     continue;
                 }
             };
+            for (name, damage) in left_out.into_iter().filter(|_| !self.second) {
+                self.failed(below(&path, &name), &damage.into());
+            }
             for e in entries {
                 if !matches!(e.kind, Kind::Dir | Kind::File) {
                     continue;
                 }
-                let below = if path.is_empty() { shown(&e.name) } else { format!("{path}/{}", shown(&e.name)) };
+                let below = below(&path, &e.name);
                 let node = match self.store.read_dir_node(&dir, &e) {
                     Ok((node, _)) => node,
                     Err(StoreError::NotFound) => continue,
@@ -429,16 +463,28 @@ impl<B: Backing> Run<'_, B> {
             self.count(|c| (c.rekeyed, c.bytes) = (c.rekeyed + 1, c.bytes + attr.size));
             return Ok(());
         }
+        let Some(turn) = Turn::take(&self.under_way, &item.node) else {
+            // Met twice at once: it is being done, and counts there.
+            return Ok(());
+        };
         let mut done = self.store.rekey(&item.name, &|n| self.step(n))?;
         if let (Rekeyed::Gone, Some(name)) = (done, self.store.whereabouts(&item.node)) {
             // Renamed on the way.
             done = self.store.rekey(&name, &|n| self.step(n))?;
         }
+        // First, so that whoever moves it then can have it.
+        drop(turn);
         match done {
             Rekeyed::Linked => drop(self.linked.lock().insert(item.node.key(), item)),
+            Rekeyed::Gone if self.is_there(&item) => return Err(evasive()),
             other => self.ended(other),
         }
         Ok(())
+    }
+
+    /// Whether a file that no name was found of has one.
+    fn is_there(&self, item: &Item<B>) -> bool {
+        self.store.getattr(&item.node).is_ok_and(|a| a.nlink > 0)
     }
 
     /// Counts something that the second walk meets again.
@@ -478,12 +524,13 @@ impl<B: Backing> Run<'_, B> {
             for (_, item) in left {
                 self.checkpoint()?;
                 let all = names.remove(&item.node.key()).unwrap_or_default();
+                let Some(_turn) = Turn::take(&self.under_way, &item.node) else { continue };
                 match self.store.rekey_all(&all, &|n| self.step(n)) {
                     // Linked, renamed or removed since.
                     Ok(Rekeyed::Linked | Rekeyed::Gone) if look < LOOKS => drop(again.insert(item.node.key(), item)),
-                    Ok(Rekeyed::Linked) => {
+                    Ok(r @ (Rekeyed::Linked | Rekeyed::Gone)) if r == Rekeyed::Linked || self.is_there(&item) => {
                         self.gave_up.lock().insert(item.node.key());
-                        self.failed(item.path, &io::Error::from_raw_os_error(libc::EBUSY).into());
+                        self.failed(item.path, &evasive());
                     }
                     Ok(r) => {
                         if let Rekeyed::Done { file, .. } = r {

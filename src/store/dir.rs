@@ -25,6 +25,9 @@ pub struct Entry {
     pub backing: Vec<u8>,
 }
 
+/// A backing name that is no entry's, with what is wrong with it.
+pub type LeftOut = (Vec<u8>, Damage);
+
 /// Reads a whole small file of the store's own, which is at most `max` bytes long; a longer one is cut at `max + 1`.
 pub(super) fn read_small<B: Backing>(b: &B, dir: &B::Node, name: &[u8], max: usize) -> io::Result<Vec<u8>> {
     let file = b.open(&b.lookup(dir, name)?, Access::Read)?;
@@ -141,6 +144,14 @@ impl<B: Backing> Store<B> {
     /// # Errors
     /// [`StoreError::NotADirectory`], damage of the directory's id, the backing directory's.
     pub fn read_dir(&self, dir: &Arc<Node<B>>) -> Result<Vec<Entry>> {
+        self.list(dir).map(|(entries, _)| entries)
+    }
+
+    /// As [`Store::read_dir`], and what was left out: backing names, with what is wrong with them.
+    ///
+    /// # Errors
+    /// As [`Store::read_dir`].
+    pub fn list(&self, dir: &Arc<Node<B>>) -> Result<(Vec<Entry>, Vec<LeftOut>)> {
         let state = dir.dir()?;
         let _entries = state.lock.read();
         let fd = dir.fd(self.backing())?;
@@ -148,14 +159,14 @@ impl<B: Backing> Store<B> {
             Some(keys) => match self.dir_id(dir, keys) {
                 Ok(id) => Some((keys, id)),
                 // Removed while it was open: an empty listing, as everywhere.
-                Err(StoreError::NotFound) => return Ok(Vec::new()),
+                Err(StoreError::NotFound) => return Ok(Default::default()),
                 Err(e) => return Err(e),
             },
             None => None,
         };
         let found = self.backing().read_dir(&fd)?;
         let mut out = Vec::with_capacity(found.len());
-        let mut bad = 0usize;
+        let mut bad: Vec<LeftOut> = Vec::new();
         for e in found {
             let name = match &id {
                 Some((keys, id)) => self.plain_name(keys, id, &fd, &e.name),
@@ -167,17 +178,18 @@ impl<B: Backing> Store<B> {
                 Ok(Some(name)) => out.extend(self.entry(&fd, name, e)?),
                 Err(StoreError::Damage(_)) if e.name == LOST_AND_FOUND && dir.id() == super::node::ROOT_ID => {}
                 Err(StoreError::Damage(d)) => {
-                    bad += 1;
                     let shown = String::from_utf8_lossy(&e.name);
                     tracing::debug!(inode = dir.key().1, code = d.code(), "entry {shown:?} left out: {d}");
+                    bad.push((e.name, d));
                 }
                 Err(e) => return Err(e),
             }
         }
-        if bad > 0 && !state.warned.swap(true, Ordering::Relaxed) {
+        if !bad.is_empty() && !state.warned.swap(true, Ordering::Relaxed) {
+            let bad = bad.len();
             tracing::warn!(inode = dir.key().1, "{bad} entries with names that are not this directory's left out");
         }
-        Ok(out)
+        Ok((out, bad))
     }
 
     fn entry(&self, dir: &B::Node, name: Vec<u8>, e: DirEntry) -> Result<Option<Entry>> {

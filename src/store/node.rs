@@ -426,7 +426,13 @@ impl<B: Backing> Table<B> {
     pub fn replace(&self, node: &Arc<Node<B>>, ino: u64, fd: Arc<B::Node>) {
         let (old, new) = (node.key(), (node.dev, ino));
         if let Some(number) = node.number {
-            self.kept.lock().insert((node.dev, number));
+            let mut kept = self.kept.lock();
+            // Its own number again: nobody has to be kept from it.
+            if number == ino {
+                kept.remove(&(node.dev, number));
+            } else {
+                kept.insert((node.dev, number));
+            }
         }
         self.shard(new).lock().insert(new, Arc::downgrade(node));
         let before = node.place.lock().fd.replace(fd);
@@ -463,8 +469,13 @@ impl<B: Backing> Table<B> {
     /// The one file core of a regular file.
     pub fn core(&self, shared: &Arc<Shared<B>>, node: &Arc<Node<B>>) -> Result<Arc<FileCore<B>>> {
         loop {
-            let key = node.key();
-            if let Some(core) = self.cores.lock().by_key.get(&key).and_then(Weak::upgrade) {
+            // Under the lock: else the number may be another file's by the time of the look.
+            let (key, there) = {
+                let cores = self.cores.lock();
+                let key = node.key();
+                (key, cores.by_key.get(&key).and_then(Weak::upgrade))
+            };
+            if let Some(core) = there {
                 return Ok(core);
             }
             let fd = node.fd(&shared.backing)?;

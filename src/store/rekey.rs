@@ -19,7 +19,7 @@
 mod attributes;
 mod links;
 
-pub use links::Names;
+pub use links::{Names, is_interrupted};
 
 use super::dir::lock_dirs;
 use super::error::{Result, StoreError};
@@ -28,12 +28,14 @@ use super::header::{Source, is_unborn, read_slots, unwrap_slot};
 use super::node::{Location, Node};
 use super::open::{Store, is, kernel, own_folder};
 use crate::backing::{Access, Backing, Kind, SetTime};
+use crate::format::damage::Damage;
 use crate::format::header::Slot;
 use crate::format::ids::{DirId, FileId, KekId};
 use crate::format::names::STORE_DIR;
 use crate::format::xattrs::FoundXattr;
 use crate::kms::event::Operation;
 use attributes::Attributes;
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 
@@ -142,14 +144,17 @@ impl<B: Backing> Store<B> {
         self.rekey_all(std::slice::from_ref(name), step)
     }
 
-    /// The same for a file with several names, which are all of `names`. [`Rekeyed::Linked`] if they are not all.
+    /// The same for a file with several names, which are all of `names`. [`Rekeyed::Linked`] if they are not all. A name
+    /// that is there twice counts once.
     ///
     /// # Errors
     /// As [`Store::rekey`].
     pub fn rekey_all(&self, names: &[Name<B>], step: &dyn Fn(u64) -> Result<()>) -> Result<Rekeyed> {
         self.writable()?;
+        let mut seen = HashSet::new();
+        let names: Vec<_> = names.iter().filter(|n| seen.insert((n.dir.id(), Arc::clone(&n.name)))).cloned().collect();
         for _ in 0..TRIES {
-            if let Attempt::Ended(r) = self.attempt(names, step)? {
+            if let Attempt::Ended(r) = self.attempt(&names, step)? {
                 return Ok(r);
             }
         }
@@ -176,6 +181,10 @@ impl<B: Backing> Store<B> {
         if source.is_empty() {
             return Ok(Attempt::Ended(Rekeyed::Empty));
         }
+        // What a newer program says in the header would be lost.
+        if let Some(slot) = self.header_of(&node)?.filter(|s| !s.writable()) {
+            return Err(Damage::UnsupportedFeature(slot.ro_compat).into());
+        }
         let b = self.backing();
         let folder = self.rekey_folder()?;
         let name = new_name();
@@ -189,7 +198,8 @@ impl<B: Backing> Store<B> {
             step(0)?;
             rounds += 1;
         }
-        // Most of it is made durable while nobody waits.
+        // Most of it is made durable, and a header made if all is a hole, while nobody waits.
+        fresh.stretch()?;
         fresh.settle()?;
         let before = Attributes::of(b, &*node.fd(b)?)?;
         before.give_to(b, &copy, |x| self.is_ours(x))?;
@@ -227,16 +237,21 @@ impl<B: Backing> Store<B> {
         }
         // Before anything of the file is held: this may find a directory by its name.
         let dir_fds = names.iter().map(|n| n.dir.fd(b)).collect::<Result<Vec<_>>>()?;
-        let dir_times = dir_fds.iter().map(|fd| b.stat(fd)).collect::<io::Result<Vec<_>>>()?;
         let fd = node.fd(b)?;
         let held = fresh.hold()?;
         let finished = fresh.finish(&held)?;
-        if finished == Finished::Empty {
-            return Ok(Attempt::Ended(Rekeyed::Empty));
+        match finished {
+            Finished::Empty => return Ok(Attempt::Ended(Rekeyed::Empty)),
+            Finished::Anew => return Ok(Attempt::Again),
+            Finished::Changed | Finished::AsBefore => {}
         }
         let bytes = fresh.len();
         let (dev, ino) = held.key();
         let kept = self.shared().inode_locks.exclusive(dev, ino);
+        // A link into another directory needs none of the locks above but this one: it may have come between.
+        if b.stat(&fd)?.nlink != names.len() as u64 {
+            return Ok(Attempt::Again);
+        }
         let now = Attributes::of(b, &fd)?;
         let file = fresh.file()?;
         if finished == Finished::Changed || now != ready.attributes {
@@ -245,11 +260,17 @@ impl<B: Backing> Store<B> {
         }
         let Some((from, id)) = fresh.ids(&held) else { return Ok(Attempt::Ended(Rekeyed::Empty)) };
         if ready.proved != Some(id) {
-            // Emptied and written again meanwhile, so with another header.
-            self.prove(&file)?;
+            // It has another header by now. No key service is called while users wait.
+            return Ok(Attempt::Again);
         }
-        let (old_kek, new) = (self.slot_of(&b.open(&fd, Access::Read)?)?.kek, self.slot_of(&file)?);
+        let old = b.open(&fd, Access::Read)?;
+        if names.len() > 1 {
+            // Whoever finishes this after a crash tells by its size, times and owner that nobody has changed it since.
+            b.sync_inode(&old)?;
+        }
+        let (old_kek, new) = (self.slot_of(&old)?.kek, self.slot_of(&file)?);
         let stat = b.stat(copy)?;
+        let dir_times = dir_fds.iter().map(|fd| b.stat(fd)).collect::<io::Result<Vec<_>>>()?;
         let watch = self.shared().keys.watch();
         let moved = self.shared().keys.with_active(|kek| {
             if kek.id() != new.kek {
@@ -261,16 +282,19 @@ impl<B: Backing> Store<B> {
             return Ok(Attempt::Again);
         }
         watch.ended(Operation::Rekey, id, new.kek, Some(old_kek), &Ok(()));
-        self.table.replace(node, stat.ino, Arc::clone(copy));
-        drop(kept);
-        fresh.take_over(held);
-        for (n, times) in names.iter().zip(&dir_times) {
+        // Before anybody writes to the new inode: their fsync promises its names, too.
+        for ((n, dir), times) in names.iter().zip(&dir_fds).zip(&dir_times) {
             let made = self.unsynced.note(n.dir.key(), None);
             node.moved(&n.dir, &n.name, Location { parent: Arc::clone(&n.dir), name: Arc::clone(&n.name), made });
             // Users have changed nothing in it. A time that cannot be put back is no reason to fail now.
-            let _ = n.dir.fd(b).map(|fd| b.set_times(&fd, SetTime::Omit, SetTime::At(times.mtime)));
+            let _ = b.set_times(dir, SetTime::Omit, SetTime::At(times.mtime));
         }
-        self.all_durable(&dir_fds, unfinished)?;
+        // With several names, what a crash leaves under some of them must be what is under the others.
+        let durable = (names.len() > 1).then(|| self.all_durable(&dir_fds, unfinished));
+        self.table.replace(node, stat.ino, Arc::clone(copy));
+        drop(kept);
+        fresh.take_over(held);
+        durable.unwrap_or_else(|| self.all_durable(&dir_fds, unfinished))?;
         drop(entries);
         Ok(Attempt::Ended(Rekeyed::Done { from, file: id, kek: new.kek, bytes }))
     }

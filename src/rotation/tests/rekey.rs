@@ -1,7 +1,7 @@
 //! Runs of `rekey` over a store: what they choose, what they say, and how they go on.
 
 use super::*;
-use crate::backing::sim::SimDisk;
+use crate::backing::sim::{Moment, Op, SimDisk};
 use crate::format::geometry;
 use crate::format::ids::FileId;
 use crate::rotation::rekey::{RekeyOutcome, RekeyReport, Request, rekey};
@@ -131,4 +131,61 @@ fn it_goes_on_where_it_was() {
     assert_eq!((now["b/one"], now["/linked"]), (between["a/1"], between["/linked"]));
     let r = go(&s, &all());
     assert_eq!((r.resumed, r.counts.rekeyed), (false, 7), "a run that ended is over");
+}
+
+/// What is not listed is not rekeyed, and the run says so.
+#[test]
+fn a_name_that_does_not_decode_is_a_failure() {
+    let (disk, _, s) = tree();
+    let entries = s.read_dir(&s.root()).unwrap();
+    let backing = |name: &[u8]| entries.iter().find(|e| e.name == name).unwrap().backing.clone();
+    let (root, five) = (disk.root().unwrap(), backing(b"5"));
+    let bad: Vec<u8> = five.iter().rev().copied().collect();
+    disk.rename(&root, &five, &root, &bad, crate::backing::RenameMode::Replace).unwrap();
+    let (a, linked) = (disk.lookup(&root, &backing(b"a")).unwrap(), backing(b"linked"));
+    disk.rename(&root, &linked, &a, &linked, crate::backing::RenameMode::Replace).unwrap();
+    let r = go(&s, &all());
+    assert_eq!((r.outcome, r.counts.rekeyed), (RekeyOutcome::Incomplete, 5));
+    let failed: BTreeSet<_> = r.failures.iter().map(|f| f.path.as_str()).collect();
+    let linked = format!("a/{}", String::from_utf8_lossy(&linked));
+    assert!(failed.contains(&*String::from_utf8_lossy(&bad)) && failed.contains(&*linked), "{failed:?}");
+    // The linked file is there under a name that cannot be read: it has not vanished.
+    assert_eq!((r.counts.vanished, r.counts.failed), (0, 3), "{failed:?}");
+}
+
+/// Somebody gives it a name that is no name, just when it is its turn.
+#[test]
+fn what_is_there_and_cannot_be_found_has_not_vanished() {
+    let mut failed = 0;
+    for k in 0..8 {
+        let (disk, _, s) = tree();
+        let name = s.read_dir(&s.root()).unwrap().into_iter().find(|e| e.name == b"6").unwrap().backing;
+        let bad: Vec<u8> = name.iter().rev().copied().collect();
+        let (me, left) = (disk.clone(), parking_lot::Mutex::new(Some(k)));
+        disk.set_hook(Some(Arc::new(move |m| {
+            if m != Moment::Before(Op::Open) {
+                return;
+            }
+            let mut left = left.lock();
+            match *left {
+                Some(0) => {
+                    let root = me.root().unwrap();
+                    me.rename(&root, &name, &root, &bad, crate::backing::RenameMode::Replace).unwrap();
+                    *left = None;
+                }
+                Some(n) => *left = Some(n - 1),
+                None => {}
+            }
+        })));
+        let r = rekey(&s, &Request { paths: vec![b"6".to_vec()], ..Request::default() }, &(), &Control::new());
+        disk.set_hook(None);
+        if let Ok(r) = r
+            && r.failures_total > 0
+        {
+            failed += 1;
+            assert_eq!((r.outcome, r.counts.vanished), (RekeyOutcome::Incomplete, 0));
+            assert_eq!(r.failures[0].path, "6");
+        }
+    }
+    assert!(failed > 0, "it was renamed between two looks at it");
 }

@@ -51,6 +51,11 @@ impl Changes {
         }
     }
 
+    /// Whether the file was empty since the last look.
+    fn was_emptied(&self) -> bool {
+        self.seen.lock().cut == Some(0)
+    }
+
     fn take(&self) -> Seen {
         std::mem::take(&mut *self.seen.lock())
     }
@@ -90,7 +95,7 @@ impl<B: Backing> Fresh<B> {
         {
             // Nobody is in the middle of a write that is not noted.
             let _alone = source.core.inner.write();
-            if source.core.changes.on.swap(true, Ordering::Relaxed) {
+            if source.core.changes.on.swap(true, Ordering::AcqRel) {
                 return Err(io::Error::from_raw_os_error(libc::EBUSY).into());
             }
             source.core.changes.take();
@@ -177,20 +182,32 @@ impl<B: Backing> Fresh<B> {
         Ok(Held(inner))
     }
 
+    /// Makes the copy as long as the source is now, if that ends in a hole.
+    ///
+    /// # Errors
+    /// The backing directory's; the key service's, for all that is a hole.
+    pub fn stretch(&self) -> Result<()> {
+        let len = self.source.len();
+        if self.copy.len() < len { self.copy.set_len(len) } else { Ok(()) }
+    }
+
     /// Makes the copy equal to the source, whose lock is held, and marks it as closed cleanly. Says whether there is any
-    /// content, and whether the copy changed on disk.
+    /// content, and whether the copy changed on disk. Makes no header, so calls no key service for one.
     ///
     /// # Errors
     /// As [`Fresh::copy_all`].
     pub fn finish(&self, held: &Held<'_, B>) -> Result<Finished> {
         let (inner, mut buf) = (&*held.0, Vec::new());
+        if inner.size == 0 {
+            return Ok(Finished::Empty);
+        }
+        if self.copy.is_empty() || self.source.core.changes.was_emptied() {
+            return Ok(Finished::Anew);
+        }
         let mut changed = self.copy_changed(|segment| {
             let runs = self.source.core.read_runs(inner, segment, &mut buf)?;
             self.put(&runs, &buf)
         })? > 0;
-        if inner.size == 0 {
-            return Ok(Finished::Empty);
-        }
         if self.copy.len() != inner.size {
             self.copy.set_len(inner.size)?;
             changed = true;
@@ -257,8 +274,9 @@ impl<B: Backing> Fresh<B> {
 
 impl<B: Backing> Drop for Fresh<B> {
     fn drop(&mut self) {
-        self.source.core.changes.on.store(false, Ordering::Relaxed);
+        // What is noted is dropped first: as soon as this is off, the notes may be another copy's.
         self.source.core.changes.take();
+        self.source.core.changes.on.store(false, Ordering::Release);
     }
 }
 
@@ -267,6 +285,8 @@ impl<B: Backing> Drop for Fresh<B> {
 pub(in crate::store) enum Finished {
     /// The source has been emptied: it has no key, and the copy is of no use.
     Empty,
+    /// The source was emptied and written to again, so the copy needs another header: to be begun anew.
+    Anew,
     /// Something was written for it.
     Changed,
     /// Nothing had to be.

@@ -1,7 +1,8 @@
 //! Files with several names: finding them, moving them all, and finishing that after a crash.
 
 use super::{NEW_PREFIX, Name, REKEY_DIR, Unfinished, new_name};
-use crate::backing::{Access, Backing, Kind, RenameMode, Stat};
+use crate::backing::{Access, Backing, Kind, RenameMode, SetTime, Stat, Timestamp};
+use crate::format::geometry;
 use crate::format::ids::FileId;
 use crate::format::names::{self, Listed, STORE_DIR};
 use crate::store::Store;
@@ -11,6 +12,7 @@ use crate::store::node::InodeKey;
 use crate::store::open::{LOST_AND_FOUND, is, kernel};
 use crate::store::walk::{Visit, Walk};
 use std::collections::HashMap;
+use std::io;
 use std::sync::Arc;
 
 /// Names of files that take the place of another inode's: this, its file id, a dot, its number.
@@ -103,18 +105,32 @@ impl<B: Backing> Store<B> {
         let exchange = |i: usize| b.rename(&folder, &links[i].name, &dirs[i], &names[i].name, RenameMode::Exchange);
         for i in 0..links.len() {
             let Err(e) = exchange(i) else { continue };
-            let back = (0..i).rev().try_for_each(exchange).and_then(|()| {
-                b.unlink(&folder, &unfinished.name)?;
-                b.sync_dir(&folder)
-            });
-            if let Err(e) = back {
-                unfinished.keep = true;
-                tracing::error!("the names of a file lead to two copies of it now; unmount and mount again: {e}");
+            // An exchange that failed may have been done all the same.
+            let is_back = |i: usize| b.stat_at(&dirs[i], &names[i].name).is_ok_and(|st| st.ino == ino);
+            let back = |i: usize| if is_back(i) { Ok(()) } else { exchange(i) };
+            if let Err(e) = (0..=i).rev().try_for_each(|i| back(i).or_else(|_| back(i))) {
+                tracing::error!("the names of file {from} lead to two files with the same content now: {e}");
+            }
+            // Users go on with what there is. The next open must put nothing in the place of what they write.
+            if let Err(e) = self.call_off(copy, unfinished) {
+                tracing::error!("the note of a rekey of file {from} cannot be removed; unmount before it is used: {e}");
             }
             return Err(kernel(e));
         }
         unfinished.keep = true;
         Ok(())
+    }
+
+    /// Removes the note for a crash of what was taken back, or makes it one that the next open does not follow.
+    fn call_off(&self, copy: &B::Node, unfinished: &Unfinished<'_, B>) -> io::Result<()> {
+        let b = self.backing();
+        let gone = b.unlink(&unfinished.folder, &unfinished.name).and_then(|()| b.sync_dir(&unfinished.folder));
+        gone.or_else(|_| {
+            // Of files whose times differ it leaves both.
+            let mtime = b.stat(copy)?.mtime;
+            let other = Timestamp { nsec: mtime.nsec ^ 1, ..mtime };
+            b.set_times(copy, SetTime::Omit, SetTime::At(other))
+        })
     }
 
     /// Makes the renames durable, and forgets what was noted for a crash.
@@ -145,7 +161,7 @@ impl<B: Backing> Store<B> {
             Err(e) if is(&e, libc::ENOENT) => return Ok(()),
             other => other?,
         };
-        let mut linked = HashMap::new();
+        let mut linked: HashMap<u64, (FileId, Vec<u8>)> = HashMap::new();
         for e in b.read_dir(&folder)? {
             match whose(&e.name) {
                 Some((from, ino)) => drop(linked.insert(ino, (from, e.name))),
@@ -156,6 +172,22 @@ impl<B: Backing> Store<B> {
         if linked.is_empty() {
             return Ok(());
         }
+        let mut to_move = HashMap::new();
+        for (ino, (from, name)) in &linked {
+            let copy = b.lookup(&folder, name)?;
+            match self.prove(&b.open(&copy, Access::Read)?) {
+                Ok(Some(_)) => drop(to_move.insert(*ino, (*from, copy))),
+                // What does not open takes nobody's place: the old file stays under the names that lead to it.
+                Ok(None) | Err(StoreError::Damage(_)) => {
+                    let names = b.stat(&copy)?.nlink.saturating_sub(1);
+                    tracing::error!(
+                        "the copy of file {from} does not open: dropped, but for {names} names that lead to it"
+                    );
+                }
+                // Says nothing about the copy: the next open may know more.
+                Err(e) => return Err(e),
+            }
+        }
         tracing::info!("finishing the rekey of {} files with several names that was interrupted", linked.len());
         for visit in Walk::new(b)? {
             let (dir, entry) = match visit {
@@ -165,14 +197,13 @@ impl<B: Backing> Store<B> {
                 Err(e) if e.path == LOST_AND_FOUND && is(&e.error, libc::EACCES) => continue,
                 Err(e) => return Err(e.error.into()),
             };
-            let Some((from, copy)) = linked.get(&entry.ino) else { continue };
+            let Some((from, copy)) = to_move.get(&entry.ino) else { continue };
             if !matches!(names::classify(&entry.name), Listed::Short | Listed::Long) {
                 continue;
             }
-            let copy = b.lookup(&folder, copy)?;
-            if is_old(b, &dir.node, &entry.name, &b.stat(&copy)?, *from)? {
+            if is_old(b, &dir.node, &entry.name, &b.stat(copy)?, *from)? {
                 let link = new_name();
-                b.link(&copy, &folder, &link)?;
+                b.link(copy, &folder, &link)?;
                 b.rename(&folder, &link, &dir.node, &entry.name, RenameMode::Replace)?;
             }
         }
@@ -184,12 +215,26 @@ impl<B: Backing> Store<B> {
     }
 }
 
+/// Whether a rekey of a file with several names was interrupted in this store. Nothing but
+/// [`Store::open`](crate::store::Store::open) for writing may change a file then.
+///
+/// # Errors
+/// The backing directory's.
+pub fn is_interrupted<B: Backing>(b: &B) -> io::Result<bool> {
+    let folder = match b.root().and_then(|r| b.lookup(&b.lookup(&r, STORE_DIR)?, REKEY_DIR)) {
+        Err(e) if is(&e, libc::ENOENT) => return Ok(false),
+        other => other?,
+    };
+    Ok(b.read_dir(&folder)?.iter().any(|e| whose(&e.name).is_some()))
+}
+
 /// Whether the entry is still the file `from` as it was when `copy` took its place.
 fn is_old<B: Backing>(b: &B, dir: &B::Node, name: &[u8], copy: &Stat, from: FileId) -> Result<bool> {
     let node = b.lookup(dir, name)?;
     let st = b.stat(&node)?;
-    // A program that does not know of the folder may have written to either since: they are two files then.
-    if st.kind != Kind::File || st.mtime != copy.mtime {
+    // A program that does not know of the folder may have changed either since: they are two files then.
+    let looks = |s: &Stat| (s.kind, s.mtime, s.uid, s.gid, s.mode, geometry::plain_size(s.size));
+    if st.kind != Kind::File || looks(&st) != looks(copy) {
         return Ok(false);
     }
     match read_slots(b, &b.open(&node, Access::Read)?, Source::Cache) {

@@ -1,17 +1,21 @@
 //! A new DEK under a file that is in use, stopped anywhere, on a full disk, and with other things going on.
 
 use super::*;
-use crate::backing::sim::{Journal, Op, PowerCut};
+use crate::backing::sim::{Journal, Moment, Op, PowerCut};
 use crate::backing::{Access, SetTime, Timestamp, XattrMode};
+use crate::crypto::kdf;
 use crate::format::damage::Damage;
 use crate::format::geometry;
+use crate::format::header::Slot;
 use crate::format::ids::FileId;
 use crate::format::names::STORE_DIR;
 use crate::store::file::{FileAllocate, OpenFile};
-use crate::store::rekey::{Name, REKEY_DIR, Rekeyed};
+use crate::store::header::{Source, open_dek, read_slots, wrap_slot};
+use crate::store::rekey::{Name, REKEY_DIR, Rekeyed, is_interrupted};
 use crate::store::{Result, SetAttr};
 use std::cell::Cell;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const NOTHING: &dyn Fn(u64) -> Result<()> = &|_| Ok(());
 
@@ -230,6 +234,13 @@ fn a_number_that_is_still_shown_is_given_to_no_other_node() {
     assert_ne!(other.id(), n.id());
     drop((n, other));
     assert_eq!(s.table.adopt(&taken, None, None).number(), Some(number), "free again with the node");
+    // A node whose new inode has the number that users know is kept from nobody.
+    let n = s.lookup(&s.root(), b"f").unwrap().0;
+    let (number, fd) = (n.number().unwrap(), n.fd(&disk).unwrap());
+    s.table.replace(&n, number + 1000, Arc::clone(&fd));
+    assert!(s.renumbered(taken.dev, number + 1000).is_some());
+    s.table.replace(&n, number, fd);
+    assert!(s.renumbered(taken.dev, number).is_none());
 }
 
 /// The folder may inherit an ACL, and what is made in it, too.
@@ -369,6 +380,14 @@ fn a_name_that_was_written_to_since_is_not_replaced() {
         let (f, h) = (ino(&ro, &long(b'f')), ino(&ro, b"h"));
         if f != h {
             split += 1;
+            assert!(is_interrupted(&left).unwrap());
+            // Another mode alone is a change, too.
+            let other = left.crash_process();
+            let old = name_of(&ro, &if f < h { long(b'f') } else { b"h".to_vec() }).name;
+            other.set_mode(&other.lookup(&other.root().unwrap(), &old).unwrap(), 0o604).unwrap();
+            let s = open(other.clone());
+            assert_ne!(ino(&s, &long(b'f')), ino(&s, b"h"));
+            assert!(!is_interrupted(&other).unwrap());
             // Whichever is the old one: the higher number is that of the new inode.
             let old = if f < h { long(b'f') } else { b"h".to_vec() };
             let name = name_of(&ro, &old).name;
@@ -389,6 +408,175 @@ fn a_name_that_was_written_to_since_is_not_replaced() {
         }
     }
     assert!(split > 0, "it was stopped between two names");
+}
+
+/// Stopped before the first name was moved, and the copy's header has suffered: the old file stays.
+#[test]
+fn a_copy_that_does_not_open_takes_nobodys_place() {
+    let base = base(true, Journal::Ordered);
+    let mut spoilt = 0;
+    for n in 0.. {
+        let disk = base.crash_process();
+        let s = open(disk.clone());
+        let old = id_of(&s, &s.lookup(&s.root(), &long(b'f')).unwrap().0);
+        disk.stop_after(disk.operations() + n);
+        let _ = rekey_everything(&s);
+        let stopped = disk.is_stopped();
+        drop(s);
+        let left = disk.crash_process();
+        let own = left.lookup(&left.root().unwrap(), STORE_DIR).unwrap();
+        let marker = left.lookup(&own, REKEY_DIR).and_then(|f| {
+            let name = left.read_dir(&f)?.into_iter().map(|e| e.name).find(|n| n.starts_with(b"linked."));
+            name.map(|n| left.lookup(&f, &n)).transpose()
+        });
+        let untouched = {
+            let ro = open_with(left.crash_process(), StoreOptions { read_only: true, ..StoreOptions::default() });
+            let (root, d) = (ro.root(), ro.lookup(&ro.root(), b"d").unwrap().0);
+            let names = [(&root, long(b'f')), (&root, b"h".to_vec()), (&d, b"g".to_vec())];
+            names.iter().all(|(dir, name)| id_of(&ro, &ro.lookup(dir, name).unwrap().0) == old)
+        };
+        if let (Ok(Some(copy)), true) = (marker, untouched) {
+            spoilt += 1;
+            let mtime = left.stat(&copy).unwrap().mtime;
+            left.write_at(&left.open(&copy, Access::ReadWrite).unwrap(), &[0x55; 8192], 0).unwrap();
+            left.set_times(&copy, SetTime::Omit, SetTime::At(mtime)).unwrap();
+            assert_eq!(all_is_well(&left, true, "the copy is spoilt"), old);
+        }
+        if !stopped {
+            break;
+        }
+    }
+    assert!(spoilt > 0, "it was stopped before the first name was moved");
+}
+
+/// The exchange of a name fails, and so does the removal of the note of it: what users write then is not undone.
+#[test]
+fn what_is_written_after_a_failure_is_not_undone_by_the_next_open() {
+    let disk = base(true, Journal::Ordered);
+    let s = open(disk.clone());
+    let renames = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let (me, seen) = (disk.clone(), Arc::clone(&renames));
+    disk.set_hook(Some(Arc::new(move |m| {
+        // The first names the copy, the others are exchanges.
+        if m == Moment::Before(Op::Rename) && seen.fetch_add(1, Ordering::Relaxed) == 1 {
+            me.fail_from(Some(Op::Rename), 0, libc::EIO);
+            me.fail_from(Some(Op::Unlink), 0, libc::EIO);
+        }
+    })));
+    assert_eq!(errno(&rekey_everything(&s).unwrap_err()), Some(libc::EIO));
+    disk.set_hook(None);
+    disk.clear_faults();
+    assert!(is_interrupted(&disk).unwrap());
+    let (n, attr) = s.lookup(&s.root(), b"h").unwrap();
+    s.open_file(&n, Access::ReadWrite).unwrap().write(0, b"written since").unwrap();
+    // As whoever restores a file with its times does.
+    s.setattr(&n, &SetAttr { mtime: SetTime::At(attr.mtime), ..SetAttr::default() }, None).unwrap();
+    drop(n);
+    s.close().unwrap();
+    drop(s);
+    let s = open(disk.clone());
+    for name in [&long(b'f')[..], b"h"] {
+        assert!(read(&s, &s.root(), name).starts_with(b"written since"));
+    }
+    assert_eq!(left_over(&disk), 0);
+}
+
+/// While the last of it is copied, the file gets a name in a directory that nobody has locked.
+#[test]
+fn a_link_made_during_the_exchange_is_no_other_file() {
+    let (disk, s) = new_sim();
+    let (d, _) = s.mkdir(&s.root(), b"d", 0o755, 0, None).unwrap();
+    let (n, f) = make(&s, b"f", &content(300_000, 7));
+    let armed = Arc::new(AtomicBool::new(false));
+    let (store, node, on) = (Arc::clone(&s), Arc::clone(&n), Arc::clone(&armed));
+    disk.set_hook(Some(Arc::new(move |m| {
+        if m == Moment::Before(Op::Write) && on.swap(false, Ordering::Relaxed) {
+            store.link(&node, &d, b"g").unwrap();
+        }
+    })));
+    let step = |bytes| {
+        // The last step: what is written now is copied with the locks held.
+        if bytes == 0 {
+            f.write(0, b"now")?;
+            armed.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    assert_eq!(s.rekey(&name_of(&s, b"f"), &step).unwrap(), Rekeyed::Linked);
+    disk.set_hook(None);
+    assert!(!armed.load(Ordering::Relaxed), "it was linked");
+    let d = s.lookup(&s.root(), b"d").unwrap().0;
+    assert!(Arc::ptr_eq(&s.lookup(&d, b"g").unwrap().0, &s.lookup(&s.root(), b"f").unwrap().0));
+    assert_eq!(s.getattr(&n).unwrap().nlink, 2);
+}
+
+#[test]
+fn a_name_given_twice_is_one_name() {
+    let (_, s) = new_sim();
+    let (n, _f) = make(&s, b"one", b"content");
+    s.link(&n, &s.root(), b"two").unwrap();
+    let (one, two) = (name_of(&s, b"one"), name_of(&s, b"two"));
+    assert_eq!(s.rekey_all(&[one.clone(), one.clone()], NOTHING).unwrap(), Rekeyed::Linked);
+    assert!(matches!(s.rekey_all(&[one.clone(), two, one], NOTHING).unwrap(), Rekeyed::Done { .. }));
+    assert!(Arc::ptr_eq(&s.lookup(&s.root(), b"one").unwrap().0, &s.lookup(&s.root(), b"two").unwrap().0));
+}
+
+/// A second copy of the same file is refused, and takes nothing from the first.
+#[test]
+fn a_second_rekey_does_not_end_the_notes_of_the_first() {
+    let (disk, s) = new_sim();
+    let mut want = content(300_000, 8);
+    let (_, f) = make(&s, b"f", &want);
+    let step = |bytes| {
+        if bytes > 0 {
+            let e = s.rekey(&name_of(&s, b"f"), NOTHING).unwrap_err();
+            assert_eq!(errno(&e), Some(libc::EBUSY));
+        }
+        f.write(5, b"noted").map(drop)
+    };
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), &step).unwrap(), Rekeyed::Done { .. }));
+    want[5..10].copy_from_slice(b"noted");
+    assert!(read(&s, &s.root(), b"f") == want);
+    assert_eq!(left_over(&disk), 0);
+}
+
+/// All of it, or its end: no header is made under the locks, and it is as long as it was.
+#[test]
+fn a_file_that_ends_in_a_hole() {
+    let (_, s) = new_sim();
+    for (name, head) in [(b"a", 0), (b"b", 5000)] {
+        let (_, f) = make(&s, name, &content(head, 9));
+        f.set_len(3_000_000).unwrap();
+        assert!(matches!(s.rekey(&name_of(&s, name), NOTHING).unwrap(), Rekeyed::Done { bytes: 3_000_000, .. }));
+        let mut want = content(head, 9);
+        want.resize(3_000_000, 0);
+        assert!(read(&s, &s.root(), name) == want);
+    }
+}
+
+/// What it says in bits that only a newer program knows would be lost.
+#[test]
+fn a_header_with_unknown_features_is_left_alone() {
+    let (disk, s) = new_sim();
+    make(&s, b"f", b"content");
+    s.close().unwrap();
+    let path = name_of(&s, b"f").name;
+    let file = disk.open(&disk.lookup(&disk.root().unwrap(), &path).unwrap(), Access::Read).unwrap();
+    let (pair, _) = read_slots(&disk, &file, Source::Cache).unwrap().unwrap();
+    let opened = open_dek(s.shared(), &pair).unwrap();
+    let mut slot = Slot { ro_compat: 4, ..opened.slot };
+    let key = kdf::derive(opened.dek.secret(), kdf::label::HEADER_MAC, &slot.file.0);
+    slot.mac = kdf::mac(&key, &[&slot.wrap_aad()[..88]]);
+    let kek = s.shared().keys.kek(slot.kek).unwrap();
+    let bytes = wrap_slot(&kek, &slot, &opened.dek, slot.sequence + 1).unwrap().encode();
+    drop(s);
+    disk.write_raw(&path, 0, &[bytes, bytes].concat()).unwrap();
+    let raw = disk.read_raw(&path).unwrap();
+    let s = open(disk.clone());
+    assert_eq!(read(&s, &s.root(), b"f"), b"content");
+    let e = s.rekey(&name_of(&s, b"f"), NOTHING).unwrap_err();
+    assert!(matches!(e, StoreError::Damage(Damage::UnsupportedFeature(4))), "{e}");
+    assert_eq!((disk.read_raw(&path).unwrap(), left_over(&disk)), (raw, 0));
 }
 
 /// Each operation fails once, and the program goes on: the file is whole, and can be rekeyed afterwards.

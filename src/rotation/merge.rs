@@ -31,6 +31,8 @@ enum Why {
     NotDone(Outcome, u64),
     /// Its proof leaves out so many files.
     Waived(u64),
+    /// So many files went away while it was scanned, although nobody could take them away.
+    Vanished(u64),
     /// Its scan listed other files than the first shard's.
     OtherFiles,
     /// The shares do not add up to the files listed.
@@ -70,6 +72,8 @@ fn why_not(r: Option<&Report>, target: KekId) -> Option<Why> {
         None => Some(Why::NoReport),
         Some(r) if r.target != target => Some(Why::OtherRun(r.target)),
         Some(r) if !r.waived.is_empty() => Some(Why::Waived(r.waived.len() as u64)),
+        // A share is scanned under the lock of the store: what goes away is with another machine, or comes back.
+        Some(Report { verify: Some(v), .. }) if v.vanished > 0 => Some(Why::Vanished(v.vanished)),
         Some(r) => {
             let clean = r.failures_total == 0 && r.verify.is_some() && r.slots_by_kek.keys().all(|k| *k == target);
             (r.outcome != Outcome::ShareComplete || !clean).then_some(Why::NotDone(r.outcome, r.failures_total))
@@ -194,6 +198,13 @@ fn failure(shard: Shard, why: &Why, heard: Option<u64>) -> Failure {
         Why::Waived(n) => (
             "share-not-done",
             format!("its proof leaves out {n} files that were waived; run rotate --waive without --shard"),
+        ),
+        Why::Vanished(n) => (
+            "share-not-done",
+            format!(
+                "{n} files went away while it was scanned, although the store was locked: somebody changes the backing \
+                 directory; run rotate --shard {shard} again while nobody does"
+            ),
         ),
         Why::OtherFiles => (
             "share-differs",

@@ -7,7 +7,7 @@ use super::pass::{Item, Visitor};
 use super::report::Counts;
 use super::rewrap::{Look, Standing, judge, look, read_header};
 use super::turns::Turns;
-use crate::backing::{Access, Backing};
+use crate::backing::{Access, Backing, Kind};
 use crate::format::damage::Damage;
 use crate::format::header::SlotPair;
 use crate::format::ids::{KekId, StoreId};
@@ -86,6 +86,8 @@ enum Seen {
     Header(Box<(SlotPair, [u8; SLOTS_LEN])>),
     Empty,
     Gone,
+    /// No regular file, or one that another program keeps under a name like ours.
+    NotOurs,
 }
 
 impl<B: Backing> Verify<'_, B> {
@@ -94,13 +96,17 @@ impl<B: Backing> Verify<'_, B> {
         let (file, stat) = match look(b, item, Access::Read)? {
             Look::Open { file, stat, .. } => (file, stat),
             Look::Empty => return Ok(Seen::Empty),
-            Look::Gone => return Ok(Seen::Gone),
+            // A listing that does not say of what kind an entry is gives more than files.
+            Look::Gone => {
+                let is_there = item.node(b).and_then(|node| b.stat(&node)).is_ok_and(|s| s.kind != Kind::File);
+                return Ok(if is_there { Seen::NotOurs } else { Seen::Gone });
+            }
         };
         // The lock only keeps a header from being seen half made; it is not needed for one that is whole.
         let _lock = locked.then(|| self.shared.inode_locks.exclusive(stat.dev, stat.ino));
         Ok(match read_header(b, &file, Source::Disk)? {
             None => Seen::Empty,
-            Some((pair, _)) if item.reserved && pair.a == Err(Damage::HeaderMagic) && pair.a == pair.b => Seen::Gone,
+            Some((pair, _)) if item.reserved && pair.a == Err(Damage::HeaderMagic) && pair.a == pair.b => Seen::NotOurs,
             Some((pair, bytes)) => Seen::Header(Box::new((pair, bytes))),
         })
     }
@@ -114,6 +120,11 @@ impl<B: Backing> Verify<'_, B> {
             }
             Seen::Gone => {
                 found.counts.vanished += 1;
+                return Ok(());
+            }
+            // Of those that are the store's it says nothing, and that it vanished would spoil a share's proof.
+            Seen::NotOurs => {
+                found.counts.scanned -= 1;
                 return Ok(());
             }
         };

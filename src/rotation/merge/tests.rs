@@ -65,12 +65,13 @@ fn every_missing_share_is_named() {
 #[test]
 fn a_share_counts_only_if_its_report_says_what_is_needed() {
     type Spoil = fn(&mut Report);
-    let cases: [(Spoil, Why); 10] = [
+    let cases: [(Spoil, Why); 11] = [
         (|r| r.target = OLD, Why::OtherRun(OLD)),
         (|r| r.outcome = Outcome::Cancelled, Why::NotDone(Outcome::Cancelled, 0)),
         (|r| r.outcome = Outcome::Incomplete, Why::NotDone(Outcome::Incomplete, 0)),
         (|r| r.failures_total = 4, Why::NotDone(Outcome::ShareComplete, 4)),
         (|r| r.waived.push(none_at_all()), Why::Waived(1)),
+        (|r| r.verify.as_mut().unwrap().vanished = 2, Why::Vanished(2)),
         (|r| r.verify = None, Why::NotDone(Outcome::ShareComplete, 0)),
         (|r| r.slots_by_kek.extend([(OLD, 1)]), Why::NotDone(Outcome::ShareComplete, 0)),
         (|r| r.shares[0].listed = 10, Why::OtherFiles),

@@ -153,3 +153,19 @@ fn a_cursor_of_a_shard_that_lies_only_costs_another_sweep() {
     assert_eq!(merged(&disk, &root, &reports).outcome, Outcome::Complete);
     assert_eq!(keks_named(&disk), BTreeSet::from([target]));
 }
+
+/// A share in which anything vanishes proves nothing; this is there, and nobody's.
+#[test]
+fn a_file_of_another_program_under_a_reserved_name_keeps_no_share_from_being_done() {
+    let (disk, root, tree) = filled();
+    let node = disk.root().unwrap();
+    disk.create(&node, b".envelopefs.other", 0o600, 0).unwrap();
+    disk.write_raw(".envelopefs.other", 0, &[b'x'; 8192]).unwrap();
+    begin_run(&disk, &root);
+    let reports: Vec<Report> = shards(2).into_iter().map(|s| run_shard(&disk, &root, s).unwrap()).collect();
+    assert_eq!(reports.iter().map(|r| r.shares[0].own).sum::<u64>(), 7);
+    let all = merged(&disk, &root, &reports);
+    let seen = all.verify.unwrap();
+    assert_eq!((all.outcome, seen.scanned, seen.vanished), (Outcome::Complete, 6, 0));
+    assert_eq!(read_all(&open(disk, &root)), tree);
+}

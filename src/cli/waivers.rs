@@ -7,16 +7,22 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+/// Most bytes of a list: with comments and escapes it may be longer than the paths are.
+const FILE_MAX: usize = 4 * BYTES_MAX;
+
 /// The list in `path`; empty if there is none.
 ///
 /// # Errors
-/// [`FaultKind::Usage`] if a line can name no failure, or there are too many; the kernel's.
+/// [`FaultKind::Usage`] if a line can name no failure, or there are too many, or it is too long; the kernel's.
 pub fn read(path: Option<&Path>) -> Result<Waivers, Fault> {
     let Some(path) = path else { return Ok(Waivers::default()) };
     let fail = |e: std::io::Error| Fault::io("read", path, &e);
     let mut text = Vec::new();
-    // With comments and escapes it may be longer than the paths are.
-    File::open(path).map_err(fail)?.take(4 * BYTES_MAX as u64).read_to_end(&mut text).map_err(fail)?;
+    File::open(path).map_err(fail)?.take(FILE_MAX as u64 + 1).read_to_end(&mut text).map_err(fail)?;
+    if text.len() > FILE_MAX {
+        let text = format!("waivers {}: longer than {FILE_MAX} bytes", path.display());
+        return Err(Fault::new(FaultKind::Usage, text));
+    }
     Waivers::parse(&text).map_err(|e| Fault::new(FaultKind::Usage, format!("waivers {}: {e}", path.display())))
 }
 

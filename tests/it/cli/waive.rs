@@ -321,3 +321,14 @@ fn a_rotation_in_another_process_is_told_by_its_journal() {
     let v = b.json("rotate back --json");
     assert_eq!((&v["outcome"], &v["resumed"]), (&"complete".into(), &true.into()));
 }
+
+#[test]
+fn a_list_that_is_too_long_is_refused_and_not_cut_in_the_middle_of_a_line() {
+    let b = Bench::new();
+    b.ok("init back --key keyfile:DIR/key --plaintext-names");
+    let most = 16 << 20;
+    fs::write(b.path("list"), vec![b'#'; most + 1]).unwrap();
+    b.fails("rotate back --waive DIR/list", 2, "waivers DIR/list: longer than 16777216 bytes; see --help");
+    fs::write(b.path("list"), vec![b'#'; most]).unwrap();
+    b.ok("rotate back --waive DIR/list");
+}

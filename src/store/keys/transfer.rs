@@ -9,8 +9,9 @@ use super::disk::{self, Found};
 use super::{BadCopy, COPIES, Keys, Proof, make_folder, now, refuse, roots};
 use crate::backing::{Access, Backing, Kind, RenameMode};
 use crate::format::damage::Damage;
-use crate::format::ids::StoreId;
+use crate::format::ids::{KekId, StoreId};
 use crate::format::keyring::{KekState, Keyring};
+use crate::format::lifecycle::LifeCycle;
 use crate::format::names::{self, Listed, NameKeys};
 use crate::kms::KeyProvider;
 use crate::store::header::{self, Source};
@@ -76,7 +77,8 @@ impl Keys {
     /// The store's folder is made if it is lost, once it is sure whose the files are. Not in it then: the targets of long
     /// symbolic links, which lay there.
     ///
-    /// A KEK that was pending is active, and what was scheduled to be destroyed is not any more.
+    /// A KEK that was pending is active, and what was scheduled to be destroyed is not any more. If the keyring that it
+    /// replaces is whole and this store's, a quorum and a floor that are set there stay.
     /// Destroyed KEKs that it holds are there again; KEKs that are newer than it are not in it, and files under them do not
     /// open. With `force` it may replace a whole keyring that is as new or newer, or that another key made.
     ///
@@ -94,7 +96,7 @@ impl Keys {
         let generation = d.keyring.generation;
         let (secret, first, passed_over) = roots::unlock(&d, root)?;
         let keys = Self { passed_over, ..Self::open_with(put_back(d.keyring), secret, first.clone(), root)? };
-        let ring = keys.to_change()?;
+        let mut ring = keys.to_change()?;
         match keys.whose(b)? {
             Whose::Ours => {}
             Whose::Another(id) => {
@@ -112,8 +114,12 @@ impl Keys {
             Some(f) => f,
             None => make_folder(b)?,
         };
-        if let Some(why) = keys.in_the_way(&disk::load(b, &folder), generation).filter(|_| !force) {
+        let there = disk::load(b, &folder);
+        if let Some(why) = keys.in_the_way(&there, generation).filter(|_| !force) {
             return refuse(format!("{why}; --force replaces it all the same, and keeps a copy"));
+        }
+        if let Some(present) = keys.in_force(&there) {
+            hold_on(&mut ring, &present.life);
         }
         let mut kept = Vec::new();
         for name in COPIES {
@@ -123,6 +129,15 @@ impl Keys {
         let ring = keys.commit(b, ring, &proofs)?;
         keys.state.write().ring = ring;
         Ok(Imported { keys, generation, kept })
+    }
+
+    /// The present keyring, if this one's key made it.
+    fn in_force<'a>(&self, found: &'a [Found]) -> Option<&'a Keyring> {
+        let authentic = found.iter().filter_map(|f| match f {
+            Found::Valid(d) if roots::is_authentic(&self.secret, d) => Some(&d.keyring),
+            _ => None,
+        });
+        authentic.max_by_key(|r| r.generation)
     }
 
     /// Why what is there should not be replaced; `None` if there is no reason.
@@ -189,6 +204,18 @@ fn put_back(mut ring: Keyring) -> Keyring {
         }
     }
     ring
+}
+
+/// Carries over to `ring`, which is put in its place, what the present keyring asks of operators: one root key, which
+/// imports, must not lift what takes several. The higher quorum counts, and the later of two floors; a floor at a KEK that
+/// `ring` does not have, or has not come to, cannot stand.
+fn hold_on(ring: &mut Keyring, present: &LifeCycle) {
+    ring.life.quorum = ring.life.quorum.max(present.quorum);
+    let at = |id: KekId| ring.keks.iter().position(|k| k.id == id);
+    let active = ring.keks.iter().position(|k| k.state == KekState::Active);
+    let floor = present.floor.filter(|f| at(*f).is_some_and(|n| Some(n) <= active));
+    let later = [ring.life.floor, floor].into_iter().flatten().max_by_key(|f| at(*f));
+    ring.life.floor = later;
 }
 
 /// The store that a file's header names, if it has one.

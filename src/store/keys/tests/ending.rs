@@ -251,3 +251,32 @@ fn below_the_floor_nothing_opens_and_everything_can_be_moved() {
     assert!(refused(again.set_floor(&disk, Some(old))).contains("was destroyed"));
     assert!(matches!(again.set_floor(&disk, Some(KekId([9; 16]))), Err(StoreError::Damage(Damage::KekUnknown(_)))));
 }
+
+#[test]
+fn a_copy_that_is_put_back_lifts_neither_quorum_nor_floor() {
+    let (disk, s, keys, old) = rotated();
+    let life = |quorum, floor| crate::format::lifecycle::LifeCycle { quorum, floor, schedules: vec![] };
+    let put_back = |copy: &[u8]| {
+        let keys = Keys::import(&disk, copy, &dynamic(&[&s]), true).unwrap().keys;
+        assert_eq!(open(&disk, &[&s]).unwrap().snapshot(), keys.snapshot());
+        keys
+    };
+    let (copy, active) = (Keys::export(&disk).unwrap().bytes, active_id(&keys));
+    edit(&disk, &keys, |r| r.life = life(2, Some(active)));
+    let keys = put_back(&copy);
+    assert_eq!(keys.snapshot().life, life(2, Some(active)));
+    // Nor does it lower what it asks for itself.
+    edit(&disk, &keys, |r| r.life = life(3, Some(active)));
+    let strict = Keys::export(&disk).unwrap().bytes;
+    edit(&disk, &keys, |r| r.life = life(2, Some(old)));
+    let keys = put_back(&strict);
+    assert_eq!(keys.snapshot().life, life(3, Some(active)));
+    // A floor at a KEK that the copy does not have cannot stand.
+    let new = keys.stage(&disk, KekKind::Sealed, &[]).unwrap();
+    keys.activate(&disk, new).unwrap();
+    keys.set_floor(&disk, Some(new)).unwrap();
+    assert_eq!(put_back(&copy).snapshot().life, life(3, None));
+    // What is lost asks for nothing.
+    ["a", "b"].iter().for_each(|c| disk.truncate_raw(format!(".envelopefs/keyring.{c}"), 0).unwrap());
+    assert_eq!(put_back(&copy).snapshot().life, life(0, None));
+}

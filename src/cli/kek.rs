@@ -35,12 +35,13 @@ pub struct Wish<'a> {
 /// root keys; the store's.
 pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
-    let (id, when) = (place.kek(wish.which)?, wish.when);
+    let id = place.kek(wish.which)?;
     // Not verified yet: what would be refused anyway should not be asked about first.
     may_destroy(&place.keyring, id).map_err(|e| fail(&e))?;
     let is_mounted = place.connect()?.is_some();
+    let when = as_seen(wish.when, place.keyring.life.schedule(id).is_some());
     // What was scheduled was confirmed then.
-    if !wish.yes && when != When::Never && place.keyring.life.schedule(id).is_none() {
+    if !wish.yes && !matches!(when, When::Never | When::Due) {
         ask(id, when)?;
     }
     let ended = match is_mounted {
@@ -82,6 +83,15 @@ pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fau
     if wish.json { output::print_json(&ended) } else { output::print(&text(&ended)) }
 }
 
+/// What is asked of the store by whoever saw the KEK scheduled, or not scheduled: if that is taken back before the store is
+/// locked, what was scheduled must not go at once, which nobody asked for.
+fn as_seen(when: When, is_scheduled: bool) -> When {
+    match when {
+        When::Now if is_scheduled => When::Due,
+        other => other,
+    }
+}
+
 fn text(d: &Destruction) -> String {
     let (id, when) = (d.kek, rfc3339_seconds(d.not_before));
     match d.outcome {
@@ -120,5 +130,18 @@ fn ask(id: KekId, when: When) -> Result<(), Fault> {
     match typed.trim() == digits {
         true => Ok(()),
         false => Err(Fault::new(FaultKind::Other, "that is not it; nothing was destroyed")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_saw_a_schedule_asks_for_no_more_than_that() {
+        assert_eq!([false, true].map(|s| as_seen(When::Now, s)), [When::Now, When::Due]);
+        for when in [When::After(7), When::Never] {
+            assert_eq!([false, true].map(|s| as_seen(when, s)), [when, when]);
+        }
     }
 }

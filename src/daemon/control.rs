@@ -240,17 +240,18 @@ impl Control {
     }
 
     fn key_add(&self, uri: &str, passphrase: Option<&Hidden>, confirm: &Confirming) -> Result<(), Fault> {
+        // Before a key file is made for nothing.
+        let shared = self.to_write()?;
         let confirmed = self.confirmed(confirm)?;
         let uri = RootKeyUri::parse(uri).map_err(|e| Fault::new(FaultKind::RootKey, e.to_string()))?;
         let key = self.connect_to(&uri, passphrase, true)?;
-        let shared = self.store.shared();
         let added = shared.keys.add_root_key(&shared.backing, &key, &confirmed);
         added.map(drop).map_err(|e| Fault::store(&self.backing, &e))
     }
 
     fn key_remove(&self, id: &str) -> Result<(), Fault> {
         let id: RootKeyId = id.parse().map_err(|e| Fault::new(FaultKind::Usage, format!("root key id: {e}")))?;
-        let shared = self.store.shared();
+        let shared = self.to_write()?;
         shared.keys.remove_root_key(&shared.backing, id).map_err(|e| Fault::store(&self.backing, &e))
     }
 
@@ -268,7 +269,9 @@ impl Control {
                 .map_err(|e| Fault::store(&self.backing, &e))
         };
         match when {
-            When::Now => self.job.alone(|control| end(&Watched { client: Mutex::new(client), control }, control)),
+            When::Now | When::Due => {
+                self.job.alone(|control| end(&Watched { client: Mutex::new(client), control }, control))
+            }
             // No scan, and not to be kept waiting by one.
             When::After(_) | When::Never => end(&(), &rotation::Control::new()),
         }

@@ -69,7 +69,7 @@ fn look<B: Backing>(store: &Store<B>, job: &Job, backing: &std::path::Path, put_
         let ended =
             shared.keys.record_use(&shared.backing, kek).map_err(|e| Fault::store(backing, &e)).and_then(|()| {
                 job.in_between(|control| {
-                    rotate::destroy_mounted(store, kek, When::Now, &Confirmation::default(), &(), control)
+                    rotate::destroy_mounted(store, kek, When::Due, &Confirmation::default(), &(), control)
                         .map_err(|e| Fault::store(backing, &e))
                 })
             });

@@ -29,6 +29,8 @@ use std::time::Instant;
 pub enum When {
     /// Now; one that is scheduled, if its time has come.
     Now,
+    /// Now, if it is scheduled and its time has come: whoever asks has seen a schedule, and asked nobody again.
+    Due,
     /// So many seconds from now, if nobody takes it back.
     After(u64),
     /// Not any more.
@@ -68,11 +70,11 @@ pub struct Destruction {
 /// A scheduled KEK whose time has come needs no more confirmation: it was confirmed when it was scheduled. Whoever takes
 /// the schedule back while the scan runs is heard.
 ///
-/// No rotation may run meanwhile if `when` is [`When::Now`].
+/// No rotation may run meanwhile if `when` is [`When::Now`] or [`When::Due`].
 ///
 /// # Errors
 /// [`StoreError::ReadOnly`]; [`StoreError::KeyState`] if the KEK is not retired, was not proved unused by a rotation, more
-/// root keys must confirm it, it is named by a header, a file could not be looked at, or the scan was cancelled. Nothing was
+/// root keys must confirm it, it is not scheduled any more, it is named by a header, a file could not be looked at, or the scan was cancelled. Nothing was
 /// changed then.
 pub fn destroy<B: Backing>(
     ctx: &Context<'_, B>,
@@ -97,7 +99,7 @@ pub fn destroy<B: Backing>(
         }
         When::Never if keys.cancel_destroy(b, kek)? => return end(Fate::Cancelled, None, 0),
         When::Never => return end(Fate::NotScheduled, None, 0),
-        When::Now => {}
+        When::Now | When::Due => {}
     }
     if keys.snapshot().kek(kek).is_some_and(|k| k.state == KekState::Destroyed) {
         keys.destroy(b, kek, confirmed)?;
@@ -109,6 +111,11 @@ pub fn destroy<B: Backing>(
             let proof = prove_unused(ctx, kek, progress, control)?;
             keys.destroy_scheduled(b, kek)?;
             proof
+        }
+        Ending::Unscheduled if when == When::Due => {
+            return Err(StoreError::KeyState(format!(
+                "KEK {kek} is not scheduled to be destroyed any more, and was not destroyed: somebody took that back"
+            )));
         }
         Ending::Unscheduled => {
             keys.check_destroy(kek, confirmed)?;

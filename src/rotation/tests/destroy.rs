@@ -224,3 +224,20 @@ fn a_file_that_needs_a_scheduled_kek_is_told() {
     keys.record_use(&disk, old).unwrap();
     assert!(Keys::read_keyring(&disk).unwrap().life.schedule(old).unwrap().used > 0);
 }
+
+#[test]
+fn what_was_scheduled_and_taken_back_does_not_go_at_once() {
+    let (disk, root, tree, old, _) = rotated();
+    let store = open(disk.clone(), &root);
+    overdue(&store, old);
+    // Whoever asks has seen the schedule, and so was not asked whether it may go now.
+    assert_eq!(ending(&store, old, When::Never, &Control::new()).unwrap().outcome, Fate::Cancelled);
+    assert!(
+        refused(ending(&store, old, When::Due, &Control::new())).contains("not scheduled to be destroyed any more")
+    );
+    assert!(has_wraps(&disk, old));
+    assert_eq!(read_all(&store), tree);
+    overdue(&store, old);
+    assert_eq!(ending(&store, old, When::Due, &Control::new()).unwrap().outcome, Fate::Destroyed);
+    assert_eq!(ending(&store, old, When::Due, &Control::new()).unwrap().outcome, Fate::AlreadyDestroyed);
+}

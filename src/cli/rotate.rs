@@ -72,9 +72,10 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
                     return Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for"));
                 };
                 target.take(&place, staged)?;
-                if let Staged::New(id) = staged {
+                request.staged = Some(staged);
+                if let Staged::New(_) = staged {
                     // What the new KEK is like was said, and it is there.
-                    (request.staged, request.passphrase, request.keys) = (Some(id), None, Vec::new());
+                    (request.passphrase, request.keys) = (None, Vec::new());
                 }
             }
             let meter = Meter::new(a.json);
@@ -164,9 +165,7 @@ fn offline(
     if let Some(target) = export {
         let staged = rotate::stage(&store, &options).map_err(|e| fail(&e))?;
         target.take(place, staged)?;
-        if let Staged::New(id) = staged {
-            options.staged = Some(id);
-        }
+        options.staged = Some(staged);
     }
     let control = Arc::new(Control::new());
     let switch = control.clone();

@@ -90,9 +90,7 @@ impl Work<'_> {
         if let Some(target) = &self.export {
             let staged = store.stage(&options).map_err(|e| self.fail(&e))?;
             target.take(self.place, staged)?;
-            if let Staged::New(id) = staged {
-                options.staged = Some(id);
-            }
+            options.staged = Some(staged);
         }
         let begun = store.begin(&options, &Shown(self.meter), self.control).map_err(|e| self.fail(&e))?;
         Ok((store, Some(begun)))

@@ -6,7 +6,6 @@ use super::audit;
 use super::fault::Fault;
 use crate::crypto::seal::SealKey;
 use crate::crypto::secret::StoreSecret;
-use crate::format::ids::KekId;
 use crate::format::keyring::KekKind;
 use crate::rotation::{Destruction, Report, SealedReport, Staged, Status, When, rekey, sealed};
 use crate::store::keys::RefreshedRoot;
@@ -172,9 +171,9 @@ pub struct RotateRequest {
     /// Paths that may fail, as reports name them.
     #[serde(default)]
     pub waive: Vec<String>,
-    /// The new KEK, which was made by [`Request::RotateStage`].
+    /// What the answer to [`Request::RotateStage`] was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub staged: Option<KekId>,
+    pub staged: Option<Staged>,
 }
 
 /// A passphrase or a recovery key on its way through the socket: wiped when dropped, never shown.

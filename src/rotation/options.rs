@@ -1,8 +1,8 @@
 //! What a run is asked to do.
 
 use super::shard::Shard;
+use super::stage::Staged;
 use super::waive::Waivers;
-use crate::format::ids::KekId;
 use crate::format::keyring::KekKind;
 use crate::kms::KeyProvider;
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -37,8 +37,9 @@ pub struct Options {
     pub waive: Arc<Waivers>,
     /// Make a new KEK even though an earlier run is unfinished. Without it, a run goes on where that one stopped.
     pub restart: bool,
-    /// The new KEK, which [`super::stage`] has made already. `kek`, `root`, `restart` and `if_older_than` were for that.
-    pub staged: Option<KekId>,
+    /// What [`super::stage`] said that the run begins with; it begins with nothing else. `kek`, `root`, `restart` and
+    /// `if_older_than` were for that.
+    pub staged: Option<Staged>,
     /// Deal only with this share of the files, of a run that [`super::begin`] began. The caller holds the locks that go
     /// with it: nobody changes the keyring meanwhile, and nobody else has the same share.
     pub shard: Option<Shard>,

@@ -12,7 +12,7 @@ use crate::format::ids::KekId;
 use crate::store::{Result, StoreError};
 use serde::{Deserialize, Serialize};
 
-/// Where a run is to begin.
+/// Where a run is to begin. [`Options::staged`] takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Staged {
@@ -20,7 +20,7 @@ pub enum Staged {
     NotDue(KekId),
     /// With the active KEK, which an earlier run has made.
     Resume(KekId),
-    /// With this one, which is new and pending. [`Options::staged`] takes it.
+    /// With this one, which is new and pending.
     New(KekId),
 }
 
@@ -38,21 +38,25 @@ pub fn stage<B: Backing>(ctx: &Context<'_, B>, options: &Options) -> Result<Stag
         keys.one_root_key_suffices()?;
     }
     let ring = keys.snapshot();
-    if let Some(id) = options.staged {
-        return match ring.pending().is_some_and(|k| k.id == id) {
-            true => Ok(Staged::New(id)),
-            false => Err(StoreError::KeyState(format!(
-                "KEK {id}, which was staged, is not pending any more: another rotation came in between; rotate again"
-            ))),
-        };
+    let wish = Wish { kind: options.kek, new_roots: !options.root.is_empty(), restart: options.restart };
+    let plan = plan::plan(&ring, wish).ok_or(Damage::KeyringUnreadable)?;
+    match options.staged {
+        // What was said has been acted upon: a copy of the keyring was put away, or there was none to put away.
+        Some(Staged::NotDue(id)) => return Ok(Staged::NotDue(id)),
+        Some(Staged::New(id)) if ring.pending().is_none_or(|k| k.id != id) => {
+            return refuse(format!("KEK {id}, which was staged, is not pending any more"));
+        }
+        Some(Staged::New(id)) => return Ok(Staged::New(id)),
+        Some(Staged::Resume(id)) if plan.begin != Begin::Resume(id) => {
+            return refuse(format!("the rotation to KEK {id}, which was to go on, has ended"));
+        }
+        Some(Staged::Resume(_)) | None => {}
     }
     if let Some(age) = options.if_older_than.filter(|age| !plan::is_due(&ring, *age, now())) {
         let active = ring.active().map(|k| k.id).ok_or(Damage::KeyringUnreadable)?;
         tracing::info!(kek = %active, age, "rotation is not due: the active KEK is younger");
         return Ok(Staged::NotDue(active));
     }
-    let wish = Wish { kind: options.kek, new_roots: !options.root.is_empty(), restart: options.restart };
-    let plan = plan::plan(&ring, wish).ok_or(Damage::KeyringUnreadable)?;
     for id in plan.discard {
         keys.discard_pending(b, id)?;
     }
@@ -60,4 +64,8 @@ pub fn stage<B: Backing>(ctx: &Context<'_, B>, options: &Options) -> Result<Stag
         Begin::Resume(target) => Ok(Staged::Resume(target)),
         Begin::New(kind) => Ok(Staged::New(keys.stage(b, kind, &options.root)?)),
     }
+}
+
+fn refuse(why: String) -> Result<Staged> {
+    Err(StoreError::KeyState(format!("{why}: another rotation came in between; rotate again")))
 }

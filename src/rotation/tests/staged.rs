@@ -22,7 +22,7 @@ fn a_copy_from_before_the_activation_opens_everything_wherever_the_run_was_cut_o
         assert_ne!(active(&store.shared().keys), new);
         let copy = Keys::export(&disk).unwrap();
         disk.stop_after(disk.operations() + 3 * n);
-        let done = rotate(&store, &Options { staged: Some(new), ..one_job() });
+        let done = rotate(&store, &Options { staged: Some(Staged::New(new)), ..one_job() });
         let after = disk.crash_process();
         lose(&after);
         let done = done.is_ok_and(|report| report.target == new && report.outcome == Outcome::Complete);
@@ -47,7 +47,7 @@ fn a_staged_kek_that_another_run_has_discarded_is_not_used() {
     let Staged::New(staged) = begin(&store, &one_job()).unwrap() else { panic!() };
     rotate(&store, &one_job()).unwrap();
     let before = active(&store.shared().keys);
-    let r = rotate(&store, &Options { staged: Some(staged), ..one_job() });
+    let r = rotate(&store, &Options { staged: Some(Staged::New(staged)), ..one_job() });
     assert!(matches!(&r, Err(StoreError::KeyState(why)) if why.contains("not pending any more")), "{r:?}");
     assert_eq!(active(&store.shared().keys), before);
     assert_eq!(read_all(&store), tree);
@@ -67,4 +67,28 @@ fn nothing_is_staged_where_a_run_would_make_no_new_kek() {
     let second = active(&store.shared().keys);
     assert_eq!(begin(&store, &young).unwrap(), Staged::Resume(second));
     assert!(store.shared().keys.snapshot().pending().is_none());
+}
+
+/// Between the two steps anybody may rotate: the second must not then make a KEK of which there is no copy.
+#[test]
+fn the_second_step_begins_with_what_the_first_said_or_not_at_all() {
+    let (disk, root, tree) = filled();
+    let store = open(disk.clone(), &root);
+    let control = Control::new();
+    control.cancel();
+    run(&Context { shared: store.shared(), moves: &*store }, &one_job(), &(), &control).unwrap();
+    let going_on = begin(&store, &one_job()).unwrap();
+    let target = active(&store.shared().keys);
+    assert_eq!(going_on, Staged::Resume(target));
+    let pinned = |staged| Options { staged: Some(staged), ..one_job() };
+    assert_eq!(rotate(&store, &pinned(going_on)).unwrap().target, target);
+    // It has ended, and a new run would make a new KEK.
+    let r = rotate(&store, &pinned(going_on));
+    assert!(matches!(&r, Err(StoreError::KeyState(why)) if why.contains("which was to go on, has ended")), "{r:?}");
+    // It was not due a moment ago, and would be now.
+    let report = rotate(&store, &pinned(Staged::NotDue(target))).unwrap();
+    assert_eq!((report.outcome, report.target), (Outcome::NotDue, target));
+    assert_eq!(active(&store.shared().keys), target);
+    assert!(store.shared().keys.snapshot().pending().is_none());
+    assert_eq!(read_all(&store), tree);
 }

@@ -10,7 +10,7 @@ use crate::daemon::observed::Observed;
 use crate::daemon::{mounts, open};
 use crate::format::damage::Damage;
 use crate::format::ids::StoreId;
-use crate::format::keyring::{KEYRING_MAX, Keyring};
+use crate::format::keyring::{KEYRING_MAX, KekState, Keyring};
 use crate::kms::ConnectOptions;
 use crate::kms::event::StoreChange;
 use crate::rotation::Staged;
@@ -47,16 +47,26 @@ pub struct ExportFile {
     /// The directory it lies in.
     dir: PathBuf,
     file: PathBuf,
-    /// Take the place of what has this name.
-    replace: bool,
+    replace: Replace,
+    /// The keyring as it was before anything was done.
+    before: Keyring,
+}
+
+/// What has the name already, and a copy may take the place of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Replace {
+    Nothing,
+    /// A copy of this store's keyring.
+    Copy,
+    Anything,
 }
 
 impl ExportFile {
     /// Looks whether a copy of the keyring of the store at `place` may be written to `file`.
     ///
     /// # Errors
-    /// [`FaultKind::Usage`] if `file` would lie in the store; that it is there, and `replace` was not asked for.
-    fn find(place: &Place, file: &Path, replace: bool) -> Result<Self, Fault> {
+    /// [`FaultKind::Usage`] if `file` would lie in the store; those of [`ExportFile::look`].
+    fn find(place: &Place, file: &Path, replace: Replace) -> Result<Self, Fault> {
         let dir = parent(file)?;
         let inside = [Some(&place.backing), place.mount.as_ref().map(|m| &m.mountpoint)];
         if inside
@@ -67,10 +77,8 @@ impl ExportFile {
             let text = format!("{} would lie in the store, and be lost with it: name a place outside", file.display());
             return Err(Fault::new(FaultKind::Usage, text));
         }
-        let target = Self { dir, file: file.to_path_buf(), replace };
-        if !replace && target.path()?.symlink_metadata().is_ok() {
-            return Err(target.failed(&io::ErrorKind::AlreadyExists.into()));
-        }
+        let target = Self { dir, file: file.to_path_buf(), replace, before: place.keyring.clone() };
+        target.look(&place.keyring)?;
         Ok(target)
     }
 
@@ -79,9 +87,33 @@ impl ExportFile {
     /// # Errors
     /// As `key export`'s.
     pub fn of_rotation(place: &Place, file: &Path) -> Result<Self, Fault> {
-        let ours = |bytes: Vec<u8>| Keyring::decode(&bytes).is_ok_and(|d| d.keyring.store == place.keyring.store);
-        let replace = file.symlink_metadata().is_ok_and(|m| m.is_file()) && read(file).is_ok_and(ours);
-        Self::find(place, file, replace)
+        Self::find(place, file, Replace::Copy)
+    }
+
+    /// Looks at what is there, if anything is, and whether a copy of `present` may take its place. Says if something is.
+    ///
+    /// # Errors
+    /// That it is there, and must not be replaced by what was asked for; that it is a copy of this store's keyring, and
+    /// replacing it would lose keys.
+    fn look(&self, present: &Keyring) -> Result<bool, Fault> {
+        let target = self.path()?;
+        let Ok(there) = target.symlink_metadata() else { return Ok(false) };
+        let ring = Some(there).filter(|m| m.is_file()).and_then(|_| Keyring::decode(&read(&target).ok()?).ok());
+        match (self.replace, ring.map(|d| d.keyring).filter(|r| r.store == present.store)) {
+            (Replace::Nothing, _) | (Replace::Copy, None) => Err(self.failed(&io::ErrorKind::AlreadyExists.into())),
+            (Replace::Anything, None) => Ok(true),
+            (_, Some(ring)) => match lost_without(&ring, &self.before, present) {
+                None => Ok(true),
+                Some(why) => Err(Fault::new(
+                    FaultKind::Other,
+                    format!(
+                        "{} is a copy of this store's keyring that {why}, and may be the last one: nothing was written; \
+                         move it away, or put it back with key import",
+                        self.file.display()
+                    ),
+                )),
+            },
+        }
     }
 
     /// Puts a copy of the keyring there, before a rotation that begins with `staged` goes on.
@@ -98,7 +130,7 @@ impl ExportFile {
             Some(id) if copy.keyring.pending().is_none_or(|k| k.id != id) => {
                 Err(Fault::new(FaultKind::Other, format!("KEK {id} is not in the keyring on disk")))
             }
-            _ => self.write(&copy.bytes),
+            _ => self.write(&copy),
         });
         written.map_err(|f| match new {
             Some(_) => Fault {
@@ -125,25 +157,43 @@ impl ExportFile {
     }
 
     /// Writes it, whole and durable or not at all.
-    fn write(&self, bytes: &[u8]) -> Result<(), Fault> {
+    fn write(&self, copy: &Exported) -> Result<(), Fault> {
         let target = self.path()?;
         let name = target.file_name().unwrap_or_default().to_string_lossy();
         let temp = self.dir.join(format!(".{name}.{}", std::process::id()));
         let written = (|| {
             let mut f = File::options().write(true).create_new(true).mode(0o600).open(&temp)?;
-            f.write_all(bytes)?;
+            f.write_all(&copy.bytes)?;
             f.sync_all()
         })();
-        let placed = written.and_then(|()| match self.replace {
-            true => fs::rename(&temp, &target),
-            false => rename_to_new(&temp, &target),
+        // Somebody may have put something there since it was looked at first.
+        let placed = written.map_err(|e| self.failed(&e)).and_then(|()| {
+            let renamed = match self.look(&copy.keyring)? {
+                true => fs::rename(&temp, &target),
+                false => rename_to_new(&temp, &target),
+            };
+            renamed.map_err(|e| self.failed(&e))
         });
-        if let Err(e) = placed {
+        if let Err(f) = placed {
             // One that this call made, or could not make.
             let _ = fs::remove_file(&temp);
-            return Err(self.failed(&e));
+            return Err(f);
         }
         File::open(&self.dir).and_then(|d| d.sync_all()).map_err(|e| self.failed(&e))
+    }
+}
+
+/// What only the copy `there` has, and would be lost if one of `present` took its place; `None` if nothing. A KEK that was
+/// pending in the keyring `before` this rotation, and was discarded by it, is no loss.
+fn lost_without(there: &Keyring, before: &Keyring, present: &Keyring) -> Option<String> {
+    let is_known = |id| before.kek(id).is_some_and(|k| k.state == KekState::Pending) || present.kek(id).is_some();
+    let unknown = there.keks.iter().find(|k| k.state != KekState::Destroyed && !is_known(k.id));
+    match unknown {
+        Some(k) => Some(format!("holds KEK {}, which the present one does not know", k.id)),
+        None if there.generation > present.generation => {
+            Some(format!("is of generation {}, and the present one only of {}", there.generation, present.generation))
+        }
+        None => None,
     }
 }
 
@@ -159,12 +209,13 @@ fn copy(place: &Place) -> Result<Exported, Fault> {
 /// Writes a copy of the keyring to `file`.
 ///
 /// # Errors
-/// [`FaultKind::Usage`] if `file` would lie in the store; that it is there, and `force` is not given; the keyring's and the
-/// kernel's.
+/// [`FaultKind::Usage`] if `file` would lie in the store; that it is there, and `force` is not given, or is a copy of this
+/// keyring that holds more; the keyring's and the kernel's.
 pub fn export(place: &Place, file: &Path, force: bool, json: bool) -> Result<(), Fault> {
-    let target = ExportFile::find(place, file, force)?;
+    let replace = if force { Replace::Anything } else { Replace::Nothing };
+    let target = ExportFile::find(place, file, replace)?;
     let copy = copy(place)?;
-    target.write(&copy.bytes)?;
+    target.write(&copy)?;
     let (store, generation, file) = (copy.keyring.store, copy.keyring.generation, file.display());
     if json {
         return output::print_json(&Export { store, generation, file: file.to_string() });
@@ -261,5 +312,58 @@ fn read(file: &Path) -> Result<Vec<u8>, Fault> {
     match n > KEYRING_MAX {
         true => Err(Fault::new(FaultKind::Other, format!("{} is too long for a keyring", file.display()))),
         false => Ok(bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::ids::KekId;
+    use crate::format::keyring::{KekKind, KekRecord};
+    use crate::format::lifecycle::LifeCycle;
+
+    fn ring(generation: u64, keks: &[(u8, KekState)]) -> Keyring {
+        let record = |(id, state): &(u8, KekState)| KekRecord {
+            id: KekId([*id; 16]),
+            kind: KekKind::Sealed,
+            state: *state,
+            created: 1,
+            activated: 1,
+            retired: 1,
+            unused: 1,
+            destroyed: 1,
+            provider: None,
+            wraps: Vec::new(),
+        };
+        Keyring {
+            store: StoreId([7; 16]),
+            generation,
+            incompat: 0,
+            ro_compat: 0,
+            roots: Vec::new(),
+            secret: Vec::new(),
+            keks: keks.iter().map(record).collect(),
+            life: LifeCycle::default(),
+        }
+    }
+
+    #[test]
+    fn a_copy_is_replaced_only_by_one_that_holds_all_that_it_does() {
+        use KekState::{Active, Destroyed, Pending, Retired};
+        let present = ring(5, &[(1, Destroyed), (2, Active)]);
+        for (there, lost) in [
+            (ring(4, &[(1, Active)]), false),
+            (ring(5, &[(1, Retired), (2, Active)]), false),
+            (ring(4, &[(1, Active), (3, Pending)]), true),
+            (ring(4, &[(1, Retired), (3, Active)]), true),
+            (ring(4, &[(1, Retired), (2, Active), (3, Destroyed)]), false),
+            (ring(6, &[(1, Active)]), true),
+        ] {
+            assert_eq!(lost_without(&there, &present, &present).is_some(), lost, "{there:?}");
+        }
+        // A run with --export that was killed before its KEK was active: the next one discards it.
+        let before = ring(4, &[(1, Active), (3, Pending)]);
+        let present = ring(6, &[(1, Active), (4, Pending)]);
+        assert_eq!(lost_without(&before, &before, &present), None);
     }
 }

@@ -323,3 +323,56 @@ fn a_store_whose_folder_is_lost_is_not_rebuilt_under_a_daemon() {
     fs::rename(b.path("away"), b.path("back/.envelopefs")).unwrap();
     opens_all(&b, "DIR/copy");
 }
+
+#[test]
+fn a_copy_that_holds_more_than_the_store_is_never_replaced() {
+    let b = filled();
+    let names = ["back/.envelopefs/keyring.a", "back/.envelopefs/keyring.b"];
+    let saved = || names.map(|n| fs::read(b.path(n)).unwrap());
+    let put_back = |s: &[Vec<u8>; 2]| names.iter().zip(s).for_each(|(n, bytes)| fs::write(b.path(n), bytes).unwrap());
+    let refused = |says: &str| {
+        let (copy, before) = (fs::read(b.path("copy")).unwrap(), ids(&b, "active"));
+        for line in ["rotate back --passphrase-file DIR/phrase --export DIR/copy", "key export back DIR/copy --force"] {
+            let o = b.run(line);
+            let err = b.masked(&o.stderr);
+            assert_eq!(o.status.code(), Some(1), "{line}: {err}");
+            assert!(err.contains(says) && err.contains("move it away, or put it back with key import"), "{err}");
+        }
+        assert_eq!((fs::read(b.path("copy")).unwrap(), ids(&b, "active")), (copy, before));
+        assert!(ids(&b, "pending").is_empty());
+    };
+    // A disk below is put back to a snapshot: the copy alone has the KEK that files are under.
+    let before = saved();
+    b.ok("rotate back --passphrase-file DIR/phrase --export DIR/copy");
+    put_back(&before);
+    refused("holds KEK ID, which the present one does not know");
+    b.ok("key import back DIR/copy");
+    b.ok("check back");
+    // It knows no more KEKs, and is newer.
+    let before = saved();
+    b.ok(&format!("key floor back {}", ids(&b, "active")[0]));
+    b.ok("key export back DIR/copy --force");
+    put_back(&before);
+    refused("is of generation ");
+    fs::rename(b.path("copy"), b.path("away")).unwrap();
+    b.ok("rotate back --passphrase-file DIR/phrase --export DIR/copy");
+    // What is no copy of this keyring is replaced by key export alone.
+    fs::write(b.path("copy"), "something else").unwrap();
+    b.ok("key export back DIR/copy --force");
+}
+
+#[test]
+fn a_mount_that_may_not_write_changes_no_root_keys() {
+    if !can_mount() {
+        return;
+    }
+    let b = filled();
+    let before = fs::read(b.path("back/.envelopefs/keyring.a")).unwrap();
+    b.ok("mount back mnt --read-only");
+    b.fails("key add mnt keyfile:DIR/other", 1, "DIR/back: store is mounted read-only");
+    assert!(!b.path("other").exists());
+    let root = b.json("key list back --json")["root_keys"][0]["id"].as_str().unwrap().to_owned();
+    b.fails(&format!("key remove mnt {root}"), 1, "DIR/back: store is mounted read-only");
+    b.ok("unmount mnt");
+    assert_eq!(fs::read(b.path("back/.envelopefs/keyring.a")).unwrap(), before);
+}

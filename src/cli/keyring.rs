@@ -10,7 +10,7 @@ use crate::daemon::observed::Observed;
 use crate::daemon::{mounts, open};
 use crate::format::damage::Damage;
 use crate::format::ids::StoreId;
-use crate::format::keyring::{KEYRING_MAX, KekState, Keyring};
+use crate::format::keyring::{KEYRING_MAX, KekRecord, KekState, Keyring};
 use crate::kms::ConnectOptions;
 use crate::kms::event::StoreChange;
 use crate::rotation::Staged;
@@ -183,11 +183,12 @@ impl ExportFile {
     }
 }
 
-/// What only the copy `there` has, and would be lost if one of `present` took its place; `None` if nothing. A KEK that was
-/// pending in the keyring `before` this rotation, and was discarded by it, is no loss.
+/// What only the copy `there` has, and would be lost if one of the keyring `present` took its place; `None` if nothing. A KEK that was
+/// pending in the copy and in the keyring `before` this rotation, and was discarded by it, is no loss.
 fn lost_without(there: &Keyring, before: &Keyring, present: &Keyring) -> Option<String> {
-    let is_known = |id| before.kek(id).is_some_and(|k| k.state == KekState::Pending) || present.kek(id).is_some();
-    let unknown = there.keks.iter().find(|k| k.state != KekState::Destroyed && !is_known(k.id));
+    let was_pending = |k: &KekRecord| k.state == KekState::Pending && before.pending().is_some_and(|p| p.id == k.id);
+    let is_known = |k: &KekRecord| k.state == KekState::Destroyed || present.kek(k.id).is_some() || was_pending(k);
+    let unknown = there.keks.iter().find(|k| !is_known(k));
     match unknown {
         Some(k) => Some(format!("holds KEK {}, which the present one does not know", k.id)),
         None if there.generation > present.generation => {
@@ -319,7 +320,7 @@ fn read(file: &Path) -> Result<Vec<u8>, Fault> {
 mod tests {
     use super::*;
     use crate::format::ids::KekId;
-    use crate::format::keyring::{KekKind, KekRecord};
+    use crate::format::keyring::KekKind;
     use crate::format::lifecycle::LifeCycle;
 
     fn ring(generation: u64, keks: &[(u8, KekState)]) -> Keyring {
@@ -365,5 +366,7 @@ mod tests {
         let before = ring(4, &[(1, Active), (3, Pending)]);
         let present = ring(6, &[(1, Active), (4, Pending)]);
         assert_eq!(lost_without(&before, &before, &present), None);
+        // It was active once, whatever the keyring below says since.
+        assert!(lost_without(&ring(4, &[(1, Retired), (3, Active)]), &before, &present).is_some());
     }
 }

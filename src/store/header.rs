@@ -9,7 +9,7 @@
 
 use super::ahead;
 use super::error::{Result, StoreError};
-use super::keys::{KekHandle, KekKind, Keys, Ready, WRAP_EXTERNAL, Watch};
+use super::keys::{KekHandle, KekKind, Keys, Phase, Ready, WRAP_EXTERNAL, Watch};
 use super::shared::Shared;
 use crate::backing::{self, Backing};
 use crate::crypto::secret::Dek;
@@ -109,13 +109,17 @@ fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<(Arc<Dek
     }
     shared.keys.permit()?;
     let watch = shared.keys.watch();
-    let opened = shared.keys.kek(slot.kek).and_then(|kek| unwrap_slot(&kek, slot));
+    let opened = shared.keys.kek(slot.kek).and_then(|kek| Ok((unwrap_slot(&kek, slot)?, kek)));
     watch.ended(Operation::Unwrap, slot.file, slot.kek, None, &opened);
-    let dek = Arc::new(opened?);
-    // A refusal that came during the call has emptied the cache already.
-    if !shared.keys.is_refused() {
-        shared.deks.put(slot.file, Arc::clone(&dek));
+    let (dek, kek) = opened?;
+    let dek = Arc::new(dek);
+    shared.deks.put(slot.file, Arc::clone(&dek));
+    // A refusal or a lock that came during the call has emptied the cache already, or will yet.
+    if shared.keys.is_refused() || shared.keys.phase() != Phase::Open {
+        shared.deks.remove(&slot.file);
     }
+    // Only now: a lock ends when nobody has the KEK any more, and no DEK may come into the cache after it.
+    drop(kek);
     Ok((dek, slot.wrap_suite == WRAP_EXTERNAL))
 }
 
@@ -126,14 +130,17 @@ fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<(Arc<Dek
 pub(super) fn prefetch<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<()> {
     check_store(shared, slot)?;
     let watch = shared.keys.watch().ahead();
-    let opened = shared.keys.kek(slot.kek).and_then(|kek| unwrap_slot(&kek, slot));
+    let opened = shared.keys.kek(slot.kek).and_then(|kek| Ok((unwrap_slot(&kek, slot)?, kek)));
     watch.ended(Operation::Unwrap, slot.file, slot.kek, None, &opened);
-    shared.deks.put(slot.file, Arc::new(opened?));
-    // Unlike a request on an open file, this is waited for by neither a lock nor a refusal. One that has emptied the cache
-    // shows here; one that does not will empty it yet.
+    let (dek, kek) = opened?;
+    shared.deks.put(slot.file, Arc::new(dek));
+    // Unlike a request on an open file, this is not waited for by a refusal. One that has emptied the cache shows here;
+    // one that does not will empty it yet.
     if !shared.keys.may_fetch() {
         shared.deks.remove(&slot.file);
     }
+    // Only now: a lock has emptied the cache, and ends when nobody has the KEK any more.
+    drop(kek);
     Ok(())
 }
 
@@ -222,6 +229,7 @@ pub fn with_new_header<B: Backing, R>(
     let r = keys.with_active(|kek| {
         let watch = keys.watch();
         let Ready { dek, slot, .. } = match keys.take_ready(kek, had) {
+            Some(ready) if ready.own => ready,
             Some(ready) => {
                 watch.ended_before(Operation::Wrap, ready.slot.file, kek.id(), ready.request_id.clone());
                 ready
@@ -236,20 +244,46 @@ pub fn with_new_header<B: Backing, R>(
     r
 }
 
-/// Makes the identity and key of a file to come, and puts it into the DEK pool. Under the activation lock, so that nothing
-/// is wrapped under a KEK that is not active and nothing comes into the pool that is not under the active one.
+/// For whoever is about to call [`with_new_header`] with locks held that other files' users may want: what a call to a key
+/// service is needed for is made here, before them, and without the activation lock. `had` is what was put by for the
+/// file; what is returned takes its place. If another KEK is active by the time that it is used, it is not, and
+/// `with_new_header` makes the call after all.
+///
+/// # Errors
+/// As [`with_new_header`].
+pub(super) fn prepare<B: Backing>(shared: &Shared<B>, had: Option<Ready>) -> Result<Option<Ready>> {
+    let keys = &shared.keys;
+    let kek = keys.active_kek();
+    if kek.kind() != KekKind::External {
+        return Ok(None);
+    }
+    keys.permit()?;
+    let ready = keys.with_active(|active| keys.take_ready(active, had));
+    if ready.is_some() {
+        return Ok(ready);
+    }
+    match new_identity(keys, &kek, keys.watch()) {
+        Ok(ready) => Ok(Some(Ready { own: true, ..ready })),
+        Err(_) if !keys.is_active(&kek) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Makes the identity and key of a file to come, and puts it into the DEK pool if its KEK is still the active one. The call
+/// is made without the activation lock: while somebody waits to take that exclusively, nobody else gets it.
 ///
 /// # Errors
 /// The key service's.
 pub(super) fn make_ready<B: Backing>(shared: &Shared<B>) -> Result<()> {
     let keys = &shared.keys;
-    keys.with_active(|kek| {
-        if kek.kind() == KekKind::External {
-            let ready = new_identity(keys, kek, keys.watch().ahead())?;
-            keys.put_ready(kek, ready);
-        }
-        Ok(())
-    })
+    let kek = keys.active_kek();
+    if kek.kind() == KekKind::External {
+        let ready = new_identity(keys, &kek, keys.watch().ahead())?;
+        keys.with_active(|active| keys.put_ready(active, ready));
+    }
+    // Only now: a lock that came meanwhile ends when nobody has the KEK any more.
+    drop(kek);
+    Ok(())
 }
 
 fn new_identity(keys: &Keys, kek: &KekHandle, watch: Watch<'_>) -> Result<Ready> {
@@ -257,5 +291,5 @@ fn new_identity(keys: &Keys, kek: &KekHandle, watch: Watch<'_>) -> Result<Ready>
     let plain = Slot::new(keys.store_id(), FileId::random(), &dek);
     let wrapped = wrap_new(kek, &plain, &dek);
     let request_id = watch.ended_by(Operation::Wrap, plain.file, kek.id(), None, &wrapped);
-    Ok(Ready { dek, slot: wrapped?, request_id })
+    Ok(Ready { dek, slot: wrapped?, request_id, own: false })
 }

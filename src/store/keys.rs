@@ -333,6 +333,18 @@ impl Keys {
         f(&self.active.read())
     }
 
+    /// The active KEK, for a call to its service that keeps neither an activation nor a lock waiting. It may be retired or
+    /// dropped meanwhile: what came of the call counts only under [`Keys::with_active`], if [`Keys::is_active`] still.
+    /// A lock ends when nobody holds it any more, so whoever does drops what the call gave before he lets go of it.
+    pub(in crate::store) fn active_kek(&self) -> Arc<KekHandle> {
+        Arc::clone(&self.active.read())
+    }
+
+    /// Whether `kek` is the active one, and there.
+    pub(in crate::store) fn is_active(&self, kek: &KekHandle) -> bool {
+        self.with_active(|active| active.id() == kek.id() && !active.is_gone())
+    }
+
     /// Keys for files to come.
     pub fn pool(&self) -> &Arc<DekPool> {
         self.gate.pool()
@@ -350,28 +362,43 @@ impl Keys {
     }
 
     /// Takes an entry of the pool under `kek`, which the caller holds as the active one: `had`, which was taken before,
-    /// or another one. None while the service refuses, even if only one file so far.
+    /// or another one. None while the service refuses, even if only one file so far; but for an entry that it made for
+    /// this very file just now.
     pub(in crate::store) fn take_ready(&self, kek: &KekHandle, had: Option<Ready>) -> Option<Ready> {
         if kek.kind() != KekKind::External {
             return None;
         }
+        let had = had.filter(|r| r.slot.kek == kek.id());
+        if had.as_ref().is_some_and(|r| r.own) {
+            return had;
+        }
         if self.service_refuses() {
             return None;
         }
-        had.filter(|r| r.slot.kek == kek.id()).or_else(|| self.pool().take(kek.id()))
+        had.or_else(|| self.pool().take(kek.id()))
     }
 
-    /// Puts in an entry under `kek`, which the caller holds as the active one.
+    /// Whether a file that had `r` put by would get it as its key now.
+    pub(in crate::store) fn is_ready(&self, r: &Ready) -> bool {
+        self.with_active(|kek| self.may_keep(kek, r))
+    }
+
+    /// Whether `r` is under `kek`, which the caller holds as the active one, and the service refuses nothing.
+    fn may_keep(&self, kek: &KekHandle, r: &Ready) -> bool {
+        r.slot.kek == kek.id() && !kek.is_gone() && !self.service_refuses()
+    }
+
+    /// Puts in an entry under `kek`, which the caller holds as the active one. It is dropped if it is under another one.
     pub(in crate::store) fn put_ready(&self, kek: &KekHandle, r: Ready) {
-        if r.slot.kek == kek.id() && !self.service_refuses() {
+        if self.may_keep(kek, &r) {
             self.pool().put(r);
         }
     }
 
-    /// Puts back an entry that was taken and not used.
+    /// Puts back an entry that was taken and not used. A refusal has emptied the pool, and is not got around so.
     pub(in crate::store) fn put_back_ready(&self, r: Ready) {
         self.with_active(|kek| {
-            if r.slot.kek == kek.id() && !kek.is_gone() {
+            if self.may_keep(kek, &r) {
                 self.pool().put_back(r);
             }
         });
@@ -410,8 +437,8 @@ impl Keys {
 
     /// Whether `id` is a retired KEK that a scan proved unused: a header that names it is older than the scan.
     pub fn is_unused(&self, id: KekId) -> bool {
-        let retired = |k: &KekRecord| k.state == KekState::Retired && k.unused != 0;
-        self.active.read().id() != id && self.state.read().ring.kek(id).is_some_and(retired)
+        // Not by the active KEK: an activation holds that while it writes to disk, and every open asks this.
+        self.state.read().ring.kek(id).is_some_and(|k| k.state == KekState::Retired && k.unused != 0)
     }
 
     /// The KEK `id` if it was opened, whatever its state.

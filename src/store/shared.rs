@@ -54,7 +54,8 @@ impl<B: Backing> Shared<B> {
     pub(super) fn may_create(&self, ready: &mut Option<Ready>) -> Result<()> {
         self.keys.may_open()?;
         match self.keys.may_create() {
-            Err(_) if ready.is_some() => Ok(()),
+            // Not one under a KEK that was active when it was put by.
+            Err(_) if ready.as_ref().is_some_and(|r| self.keys.is_ready(r)) => Ok(()),
             Err(e) => {
                 *ready = self.keys.with_active(|kek| self.keys.take_ready(kek, None));
                 if ready.is_some() { Ok(()) } else { Err(e) }

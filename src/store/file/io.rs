@@ -269,12 +269,14 @@ impl<B: Backing> FileCore<B> {
     /// Gives an empty file its identity and key: page 0 with both slots and the first state, in one write.
     fn create_header(&self, inner: &mut Inner<B>) -> Result<Arc<FileKeys>> {
         let file = Arc::clone(inner.backing_file()?);
+        // Before the stripe, which others share: no other file's user is to wait for this one's key service.
+        let ready = header::prepare(&self.shared, inner.ready.take())?;
         let _slots = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
         if self.shared.backing.stat_file(&file)?.size != 0 {
             // The remains of a first page that never became whole.
             self.shared.backing.truncate(&file, 0)?;
         }
-        let (keys, l) = header::with_new_header(&self.shared, inner.ready.take(), |dek, slot| {
+        let (keys, l) = header::with_new_header(&self.shared, ready, |dek, slot| {
             let keys = FileKeys::new(dek, slot);
             let (page, state) = first_page(&keys, slot);
             self.shared.backing.write_at(&file, &page, 0)?;

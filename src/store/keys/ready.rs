@@ -21,6 +21,8 @@ pub struct Ready {
     pub(in crate::store) slot: Slot,
     /// The key service's id of the request that wrapped it.
     pub(in crate::store) request_id: Option<String>,
+    /// Made just now by a call for the one file that gets it, which was told of as that file's.
+    pub(in crate::store) own: bool,
 }
 
 /// What a pool did so far.
@@ -98,11 +100,15 @@ impl DekPool {
         }
     }
 
-    /// Puts back an entry that was taken for a file and did not come to be its key.
+    /// Puts back an entry that was taken for a file and did not come to be its key. It is dropped where others have taken
+    /// its place meanwhile.
     pub(super) fn put_back(&self, r: Ready) {
+        let max = self.max.load(Ordering::Relaxed);
         let mut i = self.inner.lock();
-        i.hits -= 1;
-        i.ready.push_front(r);
+        i.hits = i.hits.saturating_sub(1);
+        if i.ready.len() < max {
+            i.ready.push_front(r);
+        }
     }
 
     /// Leave to make what is missing, once half of it is.
@@ -146,7 +152,7 @@ mod tests {
         let dek = Dek::random();
         let mut slot = Slot::new(StoreId::random(), FileId::random(), &dek);
         slot.kek = kek;
-        Ready { dek: Arc::new(dek), slot, request_id: None }
+        Ready { dek: Arc::new(dek), slot, request_id: None, own: false }
     }
 
     fn pool(max: usize) -> Arc<DekPool> {
@@ -209,5 +215,21 @@ mod tests {
         assert!(p.take(kek).is_none() && p.missing().is_empty());
         p.put(ready(kek));
         assert_eq!(p.stats(), PoolStats::default());
+    }
+
+    #[test]
+    fn what_is_put_back_into_a_full_pool_or_one_that_was_closed_is_dropped() {
+        let (p, kek) = (pool(4), KekId::random());
+        p.take(kek);
+        fill(&p, kek);
+        let (a, b) = (p.take(kek).unwrap(), p.take(kek).unwrap());
+        p.put(ready(kek));
+        p.put_back(a);
+        p.put_back(ready(kek));
+        assert_eq!(p.stats().ready, 4);
+        p.set_max(0);
+        p.clear();
+        p.put_back(b);
+        assert_eq!(p.stats().ready, 0);
     }
 }

@@ -332,6 +332,81 @@ fn a_key_that_was_put_by_goes_with_a_lock() {
     assert_eq!(w.read(&node).unwrap(), b"x");
 }
 
+/// A file without content, and the thread that gives it its first byte, with the call for its key under way.
+fn first_write<'s>(
+    w: &'s Working,
+    s: &'s std::thread::Scope<'s, '_>,
+) -> (Arc<crate::store::Node<crate::backing::sim::SimDisk>>, Arc<Gate>, std::thread::ScopedJoinHandle<'s, ()>) {
+    let gate = Gate::new();
+    let (node, _, f) = w.store.create(&w.store.root(), b"new", 0o600, 0, None).unwrap();
+    w.service.then(Call::Wrap, Behaviour::Hold(gate.clone()));
+    let writes = s.spawn(move || drop(f.write(0, b"first").unwrap()));
+    gate.wait_for(1);
+    (node, gate, writes)
+}
+
+#[test]
+fn the_call_for_a_new_file_holds_up_neither_an_activation_nor_a_file_that_shares_its_lock() {
+    let w = Working::new(DAY, 0);
+    let kek = w.keys().stage(&w.disk, KekKind::External, &[]).unwrap();
+    let before = w.calls().0;
+    std::thread::scope(|s| {
+        let (node, gate, writes) = first_write(&w, s);
+        let (dev, ino) = node.key();
+        drop(w.store.shared().inode_locks.exclusive(dev, ino));
+        w.keys().activate(&w.disk, kek).unwrap();
+        gate.open();
+        writes.join().unwrap();
+        assert_eq!(w.headers().into_values().collect::<Vec<_>>(), [kek], "nothing is under the old KEK");
+        assert_eq!(w.calls().0 - before, 2, "so it is wrapped once more");
+        w.store.forget_idle_keys();
+        assert_eq!(w.read(&node).unwrap(), b"first");
+    });
+}
+
+#[test]
+fn an_activation_does_not_wait_for_the_pool_whose_keys_then_are_of_no_use() {
+    let w = Working::new(DAY, 64);
+    let kek = w.keys().stage(&w.disk, KekKind::External, &[]).unwrap();
+    let gate = Gate::new();
+    w.service.then(Call::Wrap, Behaviour::Obey);
+    (0..4).for_each(|_| drop(w.service.then(Call::Wrap, Behaviour::Hold(gate.clone())).calls()));
+    drop(w.make("first", b"first"));
+    gate.wait_for(4);
+    w.keys().activate(&w.disk, kek).unwrap();
+    gate.open();
+    assert_eq!(w.settled().ready, 0);
+}
+
+#[test]
+fn a_key_that_was_put_by_does_not_get_around_a_refusal() {
+    let w = Working::with_four(DAY);
+    w.service.outage();
+    w.keys().ask_service();
+    let (_, _, f) = w.store.create(&w.store.root(), b"new", 0o600, 0, None).unwrap();
+    w.service.always(denied());
+    assert_eq!(w.keys().ask_service(), Change::Refused);
+    drop(f);
+    assert_eq!(w.keys().pool().stats().ready, 0, "nor back into the pool");
+}
+
+/// A file that is kept open from one outage, through an activation, to the next: its key is no use any more.
+#[test]
+fn a_key_under_a_retired_kek_does_not_let_a_file_be_begun_in_an_outage() {
+    let w = Working::with_four(DAY);
+    w.service.outage();
+    w.keys().ask_service();
+    let (_, _, f) = w.store.create(&w.store.root(), b"new", 0o600, 0, None).unwrap();
+    f.may_begin_anew().unwrap();
+    w.service.always(Behaviour::Obey);
+    w.keys().ask_service();
+    let kek = w.keys().stage(&w.disk, KekKind::External, &[]).unwrap();
+    w.keys().activate(&w.disk, kek).unwrap();
+    w.service.outage();
+    w.keys().ask_service();
+    assert!(matches!(kms(f.may_begin_anew()), KmsError::Unreachable(_)));
+}
+
 type Told = (Operation, bool, FileId, Option<Caller>);
 
 #[derive(Default)]

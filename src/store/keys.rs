@@ -327,8 +327,8 @@ impl Keys {
         &self.passed_over
     }
 
-    /// Runs `f` with the active KEK. [`Keys::activate`] waits for `f`, so once it has returned nothing is being
-    /// wrapped under the old KEK any more. `f` must not call this or `activate` again: that can wait for ever.
+    /// Runs `f` with the active KEK. [`Keys::activate`] waits for `f`, so once it has returned no header under the old KEK
+    /// is on its way to disk any more. `f` must not call this or `activate` again: that can wait for ever.
     pub fn with_active<R>(&self, f: impl FnOnce(&KekHandle) -> R) -> R {
         f(&self.active.read())
     }

@@ -82,7 +82,16 @@ impl<B: Backing> Store<B> {
             let first = if owner.is_some() { mode & !S_PRIVILEGED } else { mode };
             b.create(fd, name.content(), first, umask).map_err(kernel)
         };
-        let (node, attr, (fd, file)) = self.make_entry(dir, name, make, |(fd, _)| self.give(dir, fd, mode, owner))?;
+        let (node, attr, (fd, file)) = match self.make_entry(dir, name, make, |(fd, _)| self.give(dir, fd, mode, owner))
+        {
+            Ok(made) => made,
+            Err(e) => {
+                if let Some(unused) = ready.take() {
+                    self.shared().keys.put_back_ready(unused);
+                }
+                return Err(e);
+            }
+        };
         let fd = node.pin_new(fd);
         let (core, open) = FileCore::with_new_file(self.shared(), fd, file, ready)?;
         let open = match self.table.put_core(node.key(), &core) {

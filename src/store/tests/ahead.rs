@@ -287,6 +287,16 @@ fn in_an_outage_files_are_made_while_keys_are_ready_and_get_them_with_their_firs
 }
 
 #[test]
+fn a_create_that_fails_in_an_outage_uses_no_key_up() {
+    let w = Working::with_four(DAY);
+    w.service.outage();
+    w.keys().ask_service();
+    let again = w.store.create(&w.store.root(), b"first", 0o600, 0, None);
+    assert!(matches!(again, Err(StoreError::Exists)));
+    assert_eq!(w.keys().pool().stats(), PoolStats { ready: 4, hits: 0, misses: 1 });
+}
+
+#[test]
 fn after_the_grace_no_file_is_made_whatever_is_ready() {
     let w = Working::with_four(Duration::ZERO);
     w.service.outage();

@@ -350,7 +350,7 @@ fn first_write<'s>(
     let gate = Gate::new();
     let (node, _, f) = w.store.create(&w.store.root(), b"new", 0o600, 0, None).unwrap();
     w.service.then(Call::Wrap, Behaviour::Hold(gate.clone()));
-    let writes = s.spawn(move || drop(f.write(0, b"first").unwrap()));
+    let writes = s.spawn(move || assert_eq!(f.write(0, b"first").unwrap(), 5));
     gate.wait_for(1);
     (node, gate, writes)
 }
@@ -536,9 +536,10 @@ fn nothing_is_unwrapped_ahead_after_a_refusal_in_an_outage_or_behind_a_lock() {
         w.service.then(Call::Unwrap, Behaviour::Hold(gate.clone()));
     });
     w.store.forget_idle_keys();
-    for n in &nodes[30..32] {
-        w.read(n).unwrap();
-    }
+    // The second one's place is judged by the first one's, which is to be known by then.
+    w.read(&nodes[30]).unwrap();
+    w.settled();
+    w.read(&nodes[31]).unwrap();
     gate.wait_for(4);
     std::thread::scope(|s| {
         let lock = s.spawn(|| w.lock());

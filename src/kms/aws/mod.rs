@@ -45,8 +45,8 @@ pub struct AwsKms {
     client: Mutex<Option<Client>>,
     /// What was last learnt of the key.
     known: Mutex<Known>,
-    /// Held while asking, so that many threads ask once.
-    asking: Mutex<()>,
+    /// Held while asking, so that many threads ask once: how that failed last, and when it ended.
+    asking: Mutex<Option<(Instant, KmsError)>>,
 }
 
 impl std::fmt::Debug for AwsKms {
@@ -197,23 +197,36 @@ impl AwsKms {
 
     /// What the key stands for, by DescribeKey or what it said within `age`.
     fn current(&self, age: Duration) -> Result<Current, KmsError> {
-        let known = || self.known.lock().fresh(Instant::now(), age);
-        if let Some(r) = known() {
+        self.ask_once(Instant::now(), age, || self.ask(&self.target.request_name()).and_then(|d| self.learn(&d)))
+    }
+
+    /// What is known for no longer than `age`, or what `ask` says to one who came at `began`. Of those who come while somebody is asking, none asks
+    /// again, whatever came of it: after a failure each would wait for its own, one behind the other.
+    fn ask_once(
+        &self,
+        began: Instant,
+        age: Duration,
+        ask: impl FnOnce() -> Result<Current, KmsError>,
+    ) -> Result<Current, KmsError> {
+        if let Some(r) = self.known.lock().fresh(Instant::now(), age) {
             return r;
         }
-        let _asking = self.asking.lock();
-        if let Some(r) = known() {
+        let mut failed = self.asking.lock();
+        if let Some(r) = self.known.lock().fresh(Instant::now(), age) {
             return r;
         }
-        match self.ask(&self.target.request_name()) {
-            Ok(d) => self.learn(&d),
-            Err(e) => {
-                if matches!(e, KmsError::Denied(_)) {
-                    self.known.lock().asked = Some((Instant::now(), Err(e.clone())));
-                }
-                Err(e)
+        if let Some((_, e)) = failed.as_ref().filter(|(ended, _)| *ended > began) {
+            return Err(e.clone());
+        }
+        let answer = ask();
+        if let Err(e) = &answer {
+            let ended = Instant::now();
+            *failed = Some((ended, e.clone()));
+            if matches!(e, KmsError::Denied(_)) {
+                self.known.lock().asked = Some((ended, Err(e.clone())));
             }
         }
+        answer
     }
 
     /// Remembers what DescribeKey said.
@@ -439,6 +452,26 @@ mod tests {
         assert!(matches!(denied.fresh(start, age), Some(Err(KmsError::Denied(_)))));
         assert_eq!((denied.fresh(later, age), denied.key()), (None, Some(&key(1))));
         assert_eq!(Known::default().fresh(start, age), None);
+    }
+
+    #[test]
+    fn those_who_wait_for_a_question_that_fails_do_not_ask_it_again() {
+        let before = Instant::now();
+        let p = provider("aws-kms://alias/a?region=eu-west-1");
+        let unreachable = || Err(KmsError::Unreachable("no answer".into()));
+        assert_eq!(p.ask_once(before, WRAPS_GO_BY, unreachable), unreachable());
+        assert_eq!(
+            p.ask_once(before, WRAPS_GO_BY, || panic!("asked again")),
+            unreachable(),
+            "it came before the answer"
+        );
+        let current = Current { key: key(1), material: None };
+        let d = || {
+            *p.known.lock() = Known { current: Some(current.clone()), asked: Some((Instant::now(), Ok(()))) };
+            Ok(current.clone())
+        };
+        assert_eq!(p.ask_once(Instant::now(), WRAPS_GO_BY, d), Ok(current.clone()), "a later one asks");
+        assert_eq!(p.ask_once(before, WRAPS_GO_BY, || panic!("asked again")), Ok(current.clone()));
     }
 
     fn provider(uri: &str) -> AwsKms {

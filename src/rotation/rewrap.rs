@@ -216,9 +216,9 @@ pub(super) struct Leave {
 }
 
 impl Leave {
-    /// Asks for an unwrap by the KEK that wraps the header, unless the service re-wraps, and a wrap and its proof by the
-    /// target. Of what is wrong with the header tells whoever tries it.
-    fn ask<B: Backing>(
+    /// Asks for an unwrap by the KEK that wraps the header, unless the service re-wraps it, which is not done for one under
+    /// the target already; and a wrap and its proof by the target, unless it is. Of what is wrong with the header tells whoever tries it.
+    pub(super) fn ask<B: Backing>(
         &mut self,
         shared: &Shared<B>,
         target: &KekHandle,
@@ -226,7 +226,7 @@ impl Leave {
     ) -> std::result::Result<(), Duration> {
         let Ok((_, slot)) = pair.authoritative() else { return Ok(()) };
         if let (false, Ok(old)) = (self.unwrap, shared.keys.kek_to_move(slot.kek))
-            && !target.rewraps(&old)
+            && (slot.kek == target.id() || !target.rewraps(&old))
         {
             old.leave(Background::Rotation, 1)?;
             self.unwrap = true;

@@ -15,13 +15,17 @@ use crate::store::shared::Shared;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// From so many headers on, one barrier over the whole file system is cheaper than one for each file
 /// (`docs/adr/0010-rotation.md` has the measurement).
 const SYNC_ALL_FROM: usize = 8;
 /// How often a file is begun again whose header changed between the halves.
 const TRIES: usize = 8;
+
+/// How soon leave for a header's calls is asked for again at the earliest: each time its slots are read again, and a service
+/// that many ask may say a very short time.
+const LEAVE_AGAIN: Duration = Duration::from_millis(20);
 
 /// First halves under way at once in a run, where each is a handful of calls to a key service. At 10 ms a call, three a
 /// header, that is 500 headers a second, which is more than the usual limits allow; and half as many as a service is
@@ -74,12 +78,12 @@ impl<B: Backing> Sweep<'_, B> {
         let mut leave = Leave::default();
         loop {
             match first_half(self.shared, &self.target, item, self.again, &mut leave) {
-                Ok(Tried::NotYet(wait)) => self.control.wait(wait)?,
+                Ok(Tried::NotYet(wait)) => self.idle(|| self.control.wait(wait.max(LEAVE_AGAIN)))?,
                 Err(StoreError::Kms(e)) if e.is_retryable() => {
                     leave = Leave::default();
                     let wait = self.patience.lock().wait(Instant::now());
                     match wait {
-                        Some(wait) => self.control.wait(wait)?,
+                        Some(wait) => self.idle(|| self.control.wait(wait))?,
                         None => return Ok(Err(e.into())),
                     }
                 }
@@ -93,6 +97,14 @@ impl<B: Backing> Sweep<'_, B> {
                 }
             }
         }
+    }
+
+    /// Waits: what users wait meanwhile is not this worker's doing.
+    fn idle<R>(&self, wait: impl FnOnce() -> R) -> R {
+        self.shared.load.work(false);
+        let r = wait();
+        self.shared.load.work(true);
+        r
     }
 
     fn fail(&self, counts: &mut Counts, path: String, e: &StoreError) {
@@ -124,13 +136,16 @@ impl<B: Backing> Sweep<'_, B> {
             }
         };
         std::thread::scope(|s| {
-            for _ in 1..at_once {
-                s.spawn(|| {
-                    let _at_work = self.turns.at_work();
-                    work();
-                });
-            }
+            let helper = || {
+                let _at_work = self.turns.at_work();
+                work();
+            };
+            let helpers: Vec<_> = (1..at_once).map(|_| s.spawn(helper)).collect();
             work();
+            // Some of them may be resting.
+            if let Some(panic) = self.idle(|| helpers.into_iter().find_map(|h| h.join().err())) {
+                std::panic::resume_unwind(panic);
+            }
         });
         all.into_inner().0
     }

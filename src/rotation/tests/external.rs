@@ -1,8 +1,10 @@
 //! Rotations whose headers are calls to a key service.
 
+use super::super::rewrap::Leave;
 use super::*;
 use crate::backing::sim::SimOptions;
 use crate::crypto::secret::Secret32;
+use crate::format::header::SlotPair;
 use crate::kms::guard::lane::Background;
 use crate::kms::scripted::{Behaviour, Call, Gate};
 use crate::kms::{Description, KmsError, WrapContext};
@@ -147,8 +149,8 @@ fn a_cancel_ends_the_wait_for_leave() {
     all_open(&store);
 }
 
-/// A service that re-wraps from one context to another.
-struct Rewraps(Arc<Scripted>);
+/// A service that re-wraps from one context to another, and the calls that it gave leave for.
+struct Rewraps(Arc<Scripted>, std::sync::atomic::AtomicU32);
 
 impl KeyProvider for Rewraps {
     fn describe(&self) -> Result<Description, KmsError> {
@@ -165,11 +167,36 @@ impl KeyProvider for Rewraps {
     fn rewrap(&self, wrapped: &[u8], from: &WrapContext, to: &WrapContext) -> Result<Vec<u8>, KmsError> {
         self.0.rewrap(wrapped, from, to)
     }
+    fn leave(&self, _: Background, calls: u32) -> Result<(), Duration> {
+        self.1.fetch_add(calls, std::sync::atomic::Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// As a crash between the halves leaves one, or a scan that finds a page which never reached the disk.
+#[test]
+fn leave_is_asked_for_the_unwrap_of_a_header_under_the_target_also_where_the_service_rewraps() {
+    let service = Arc::new(Rewraps(Scripted::new("s"), 0.into()));
+    let root: [Arc<dyn KeyProvider>; 1] = [service.clone()];
+    let store = external(&root);
+    let (shared, disk) = (store.shared(), &store.shared().backing);
+    let pair = |p: &Vec<u8>| SlotPair::decode(&disk.read_raw(p).ok()?).ok().filter(|pair| pair.authoritative().is_ok());
+    let pair = disk.files().iter().find_map(pair).unwrap();
+    let asked = |target: KekId| {
+        let before = service.1.load(std::sync::atomic::Ordering::SeqCst);
+        Leave::default().ask(shared, &shared.keys.kek(target).unwrap(), &pair).unwrap();
+        service.1.load(std::sync::atomic::Ordering::SeqCst) - before
+    };
+    let old = pair.authoritative().unwrap().1.kek;
+    assert_eq!(asked(old), 1, "under the target: it is unwrapped");
+    let new = shared.keys.stage(disk, KekKind::External, &[]).unwrap();
+    shared.keys.activate(disk, new).unwrap();
+    assert_eq!(asked(new), 2, "moved by the service: its own call, and the proof");
 }
 
 /// Calls of a rotation: wraps, unwraps, re-wraps.
 fn rotation_of(service: &Arc<Scripted>, prepare: impl Fn(&Arc<Scripted>)) -> [usize; 3] {
-    let root: [Arc<dyn KeyProvider>; 1] = [Arc::new(Rewraps(service.clone()))];
+    let root: [Arc<dyn KeyProvider>; 1] = [Arc::new(Rewraps(service.clone(), 0.into()))];
     let store = external(&root);
     prepare(service);
     let calls = || [Call::Wrap, Call::Unwrap, Call::Rewrap].map(|c| service.count(c));

@@ -82,8 +82,9 @@ impl Keys {
     }
 
     /// Makes the pending KEK `id` the active one; the KEK that was active is retired at the same instant. Waits for
-    /// every [`Keys::with_active`] that runs: once this returns, nothing is being wrapped under the old KEK any more.
-    /// Does nothing if `id` is active.
+    /// every [`Keys::with_active`] that runs: once this returns, no header under the old KEK can still be on its way to disk.
+    /// (A key service may still be at a call for the pool or for a new file; what it answers is dropped.) Does nothing if
+    /// `id` is active.
     ///
     /// # Errors
     /// [`StoreError::KeyState`] if `id` is not pending; [`Damage::KekUnknown`]; the backing directory's, and the KEK

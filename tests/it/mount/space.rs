@@ -26,6 +26,9 @@ impl SmallDisk {
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.at).status();
+        // Whoever removed the folder around it before this could not remove the mount point.
+        let _ = fs::remove_dir(&self.at);
+        let _ = self.at.parent().map(fs::remove_dir);
     }
 }
 

@@ -9,7 +9,7 @@ use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::protocol::{Reply, Request};
 use crate::format::ids::KekId;
 use crate::format::time::rfc3339_seconds;
-use crate::rotation::{Control, Destruction, Fate, When};
+use crate::rotation::{self, Control, Destruction, Fate, When};
 use crate::store::keys::{kept, may_destroy};
 use crate::store::{Store, StoreOptions};
 use std::io::{IsTerminal, Write};
@@ -66,7 +66,8 @@ pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fau
             rotate::on_signal(move || at_signal.cancel())?;
             let meter = Meter::new(wish.json);
             let shown = rotate::Shown(&meter);
-            let ended = crate::daemon::rotate::destroy_offline(&store, id, when, &confirmed, &shown, &control);
+            let ended =
+                rotation::destroy(&crate::daemon::rotate::alone(&store), id, when, &confirmed, &shown, &control);
             meter.end();
             let closed = store.close();
             observed.end();

@@ -265,7 +265,7 @@ impl Control {
     ) -> Result<Destruction, Fault> {
         let (id, confirmed) = (kek_id(id)?, self.confirmed(confirm)?);
         let end = |progress: &dyn rotation::Progress, control: &rotation::Control| {
-            super::rotate::destroy_mounted(&self.store, id, when, &confirmed, progress, control)
+            rotation::destroy(&super::rotate::in_use(&self.store), id, when, &confirmed, progress, control)
                 .map_err(|e| Fault::store(&self.backing, &e))
         };
         match when {

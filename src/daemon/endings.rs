@@ -10,7 +10,7 @@ use super::job::Job;
 use super::rotate;
 use crate::backing::Backing;
 use crate::format::ids::KekId;
-use crate::rotation::{Fate, When};
+use crate::rotation::{self, Fate, When};
 use crate::store::Store;
 use crate::store::keys::Confirmation;
 use std::collections::HashMap;
@@ -69,7 +69,7 @@ fn look<B: Backing>(store: &Store<B>, job: &Job, backing: &std::path::Path, put_
         let ended =
             shared.keys.record_use(&shared.backing, kek).map_err(|e| Fault::store(backing, &e)).and_then(|()| {
                 job.in_between(|control| {
-                    rotate::destroy_mounted(store, kek, When::Due, &Confirmation::default(), &(), control)
+                    rotation::destroy(&rotate::in_use(store), kek, When::Due, &Confirmation::default(), &(), control)
                         .map_err(|e| Fault::store(backing, &e))
                 })
             });

@@ -1,29 +1,24 @@
-//! Running a rotation or destroying a KEK, inside the daemon or on a store that is not mounted.
+//! Running a rotation inside the daemon or on a store that is not mounted, and what destroying a KEK works on.
 
 use super::job::Job;
 use crate::backing::Backing;
-use crate::format::ids::KekId;
 use crate::rotation::{
-    self, Begun, Context, Control, Destruction, Moved, Moves, NoMoves, Options, Outcome, Progress, Report,
-    SealedReport, Shard, Staged, When, sealed, shares,
+    self, Begun, Context, Control, NoMoves, Options, Outcome, Progress, Report, SealedReport, Shard, Staged, sealed,
+    shares,
 };
 use crate::store::dek_cache::{DekCache, DekCacheLimits};
-use crate::store::keys::{Confirmation, Keys};
+use crate::store::keys::Keys;
 use crate::store::shared::Shared;
 use crate::store::{Result, Store};
 
-/// The mounted store knows what is renamed meanwhile.
-struct Renamed<'a, B: Backing>(&'a Store<B>);
+/// A store that is in use: it knows what is renamed meanwhile.
+pub fn in_use<B: Backing>(store: &Store<B>) -> Context<'_, B> {
+    Context { shared: store.shared(), moves: store }
+}
 
-impl<B: Backing> Moves<B> for Renamed<'_, B> {
-    fn track(&self, on: bool) {
-        self.0.track_moves(on);
-    }
-
-    fn take(&self) -> Moved<B> {
-        let m = self.0.take_moved();
-        Moved { nodes: m.nodes, lost: m.overflowed }
-    }
+/// An open store that nobody else uses; the caller holds the volume lock.
+pub fn alone<B: Backing>(store: &Store<B>) -> Context<'_, B> {
+    Context { shared: store.shared(), moves: &NoMoves }
 }
 
 /// Rotates a store that is in use.
@@ -31,7 +26,7 @@ impl<B: Backing> Moves<B> for Renamed<'_, B> {
 /// # Errors
 /// As [`rotation::run`].
 pub fn mounted<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progress, c: &Control) -> Result<Report> {
-    rotation::run(&Context { shared: store.shared(), moves: &Renamed(store) }, o, progress, c)
+    rotation::run(&in_use(store), o, progress, c)
 }
 
 /// Rotates an open store that nobody else uses; the caller holds the volume lock.
@@ -39,7 +34,7 @@ pub fn mounted<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progres
 /// # Errors
 /// As [`rotation::run`].
 pub fn offline<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progress, c: &Control) -> Result<Report> {
-    rotation::run(&Context { shared: store.shared(), moves: &NoMoves }, o, progress, c)
+    rotation::run(&alone(store), o, progress, c)
 }
 
 /// Begins a rotation of an open store, as far as making the new KEK. No rotation may run.
@@ -47,7 +42,7 @@ pub fn offline<B: Backing>(store: &Store<B>, o: &Options, progress: &dyn Progres
 /// # Errors
 /// As [`rotation::stage`].
 pub fn stage<B: Backing>(store: &Store<B>, o: &Options) -> Result<Staged> {
-    rotation::stage(&Context { shared: store.shared(), moves: &NoMoves }, o)
+    rotation::stage(&alone(store), o)
 }
 
 /// Seals what a run on `store` said.
@@ -145,36 +140,6 @@ impl<B: Backing> SharedStore<B> {
         let sealed = seal_with(self.keys(), &report);
         Ok((report, sealed))
     }
-}
-
-/// Destroys a KEK of a store that is in use.
-///
-/// # Errors
-/// As [`rotation::destroy`].
-pub fn destroy_mounted<B: Backing>(
-    s: &Store<B>,
-    kek: KekId,
-    when: When,
-    confirmed: &Confirmation,
-    progress: &dyn Progress,
-    c: &Control,
-) -> Result<Destruction> {
-    rotation::destroy(&Context { shared: s.shared(), moves: &Renamed(s) }, kek, when, confirmed, progress, c)
-}
-
-/// Destroys a KEK of an open store that nobody else uses; the caller holds the volume lock.
-///
-/// # Errors
-/// As [`rotation::destroy`].
-pub fn destroy_offline<B: Backing>(
-    s: &Store<B>,
-    kek: KekId,
-    when: When,
-    confirmed: &Confirmation,
-    progress: &dyn Progress,
-    c: &Control,
-) -> Result<Destruction> {
-    rotation::destroy(&Context { shared: s.shared(), moves: &NoMoves }, kek, when, confirmed, progress, c)
 }
 
 /// Moves headers that old backups brought back to the active KEK, if there are any and no rotation is under way, which

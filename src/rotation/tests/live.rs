@@ -167,35 +167,37 @@ fn a_rename_storm_hides_nothing() {
     assert_eq!(read_all(&store).len(), 3 * 100);
 }
 
-/// Moves everything away under the worker's nose, once.
-struct Mover<'a> {
-    store: &'a Arc<Store<SimDisk>>,
-    moved: AtomicBool,
+/// Sees what it is given, and lets something happen under the worker's nose, once.
+struct Meanwhile<'a, F: Fn() + Sync> {
+    disk: &'a SimDisk,
+    act: F,
+    acted: AtomicBool,
     seen: Mutex<BTreeSet<u64>>,
 }
 
-impl Visitor<SimDisk> for Mover<'_> {
+impl<F: Fn() + Sync> Visitor<SimDisk> for Meanwhile<'_, F> {
     fn batch(&self, items: Vec<Item<SimDisk>>) -> Result<(), Cancelled> {
-        let b = &self.store.shared().backing;
-        if !self.moved.swap(true, Ordering::Relaxed) {
-            let (root, d, e) = (self.store.root(), dir(self.store, "d"), dir(self.store, "d/e"));
-            let rename = |from, name: &[u8], to, new: &[u8]| {
-                self.store.rename(from, name, to, new, RenameMode::NoReplace).unwrap();
-            };
-            rename(&d, b"block", &root, b"a");
-            rename(&d, b"e", &root, b"0");
-            let (byte, _) = self.store.lookup(&root, b"byte").unwrap();
-            self.store.link(&byte, &e, b"third").unwrap();
-            self.store.unlink(&root, b"byte").unwrap();
-            self.store.unlink(&e, b"hard link").unwrap();
+        if !self.acted.swap(true, Ordering::Relaxed) {
+            (self.act)();
         }
         for item in items {
-            if let Ok(node) = item.node(b) {
-                self.seen.lock().insert(b.stat(&node).unwrap().ino);
+            if let Ok(node) = item.node(self.disk) {
+                self.seen.lock().insert(self.disk.stat(&node).unwrap().ino);
             }
         }
         Ok(())
     }
+}
+
+/// Inodes that a whole pass with one worker sees although `act` happens while it is at its first batch.
+fn seen_while(disk: &SimDisk, moves: &dyn Moves<SimDisk>, act: impl Fn() + Sync) -> BTreeSet<u64> {
+    let visitor = Meanwhile { disk, act, acted: AtomicBool::new(false), seen: Mutex::default() };
+    let (control, failures) = (Control::new(), Failures::default());
+    let pass =
+        Pass { backing: disk, moves, control: &control, failures: &failures, workers: 1, gentle: true, share: None };
+    assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
+    assert_eq!(failures.take().total, 0);
+    visitor.seen.into_inner()
 }
 
 #[test]
@@ -210,51 +212,20 @@ fn what_moves_across_the_walk_is_visited() {
         let inodes: BTreeSet<u64> = tree.keys().map(inode).collect();
         assert_eq!(inodes.len(), 5);
         let moves: &dyn Moves<SimDisk> = if listed { &*store } else { &NoMoves };
-        let visitor = Mover { store: &store, moved: AtomicBool::new(false), seen: Mutex::default() };
-        let (control, failures) = (Control::new(), Failures::default());
-        let pass = Pass {
-            backing: &disk,
-            moves,
-            control: &control,
-            failures: &failures,
-            workers: 1,
-            gentle: true,
-            share: None,
-        };
-        assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
-        assert_eq!(failures.take().total, 0);
+        let seen = seen_while(&disk, moves, || {
+            let (root, d, e) = (store.root(), dir(&store, "d"), dir(&store, "d/e"));
+            let rename = |from, name: &[u8], to, new: &[u8]| {
+                store.rename(from, name, to, new, RenameMode::NoReplace).unwrap();
+            };
+            rename(&d, b"block", &root, b"a");
+            rename(&d, b"e", &root, b"0");
+            let (byte, _) = store.lookup(&root, b"byte").unwrap();
+            store.link(&byte, &e, b"third").unwrap();
+            store.unlink(&root, b"byte").unwrap();
+            store.unlink(&e, b"hard link").unwrap();
+        });
         // Without the list, the file that was renamed is missed: the test can fail.
-        assert_eq!(visitor.seen.into_inner() == inodes, listed);
-    }
-}
-
-/// While its only worker is at its first batch, renames more files than the list of moves holds, all of them often.
-struct Flood<'a> {
-    store: &'a Arc<Store<SimDisk>>,
-    files: usize,
-    moved: AtomicBool,
-    seen: Mutex<BTreeSet<u64>>,
-}
-
-impl Visitor<SimDisk> for Flood<'_> {
-    fn batch(&self, items: Vec<Item<SimDisk>>) -> Result<(), Cancelled> {
-        let b = &self.store.shared().backing;
-        if !self.moved.swap(true, Ordering::Relaxed) {
-            let ends = [dir(self.store, "z"), dir(self.store, "a")];
-            for round in 0..3 {
-                for f in 0..self.files {
-                    let name = f.to_string();
-                    let (from, to) = (&ends[round % 2], &ends[(round + 1) % 2]);
-                    self.store.rename(from, name.as_bytes(), to, name.as_bytes(), RenameMode::NoReplace).unwrap();
-                }
-            }
-        }
-        for item in items {
-            if let Ok(node) = item.node(b) {
-                self.seen.lock().insert(b.stat(&node).unwrap().ino);
-            }
-        }
-        Ok(())
+        assert_eq!(seen == inodes, listed);
     }
 }
 
@@ -271,20 +242,18 @@ fn renames_do_not_outrun_a_scan_whose_worker_rests() {
     for f in 0..FILES {
         store.create(&z, f.to_string().as_bytes(), 0o644, 0, None).unwrap();
     }
-    let visitor = Flood { store: &store, files: FILES, moved: AtomicBool::new(false), seen: Mutex::default() };
-    let (control, failures) = (Control::new(), Failures::default());
-    let pass = Pass {
-        backing: &disk,
-        moves: &*store,
-        control: &control,
-        failures: &failures,
-        workers: 1,
-        gentle: true,
-        share: None,
-    };
-    assert!(pass.run(b"", &visitor, &mut |_| {}).unwrap().whole);
-    assert_eq!(failures.take().total, 0);
-    assert!(visitor.seen.into_inner().len() >= FILES + 5);
+    // More than the list holds, all of them often.
+    let seen = seen_while(&disk, &*store, || {
+        let ends = [dir(&store, "z"), dir(&store, "a")];
+        for round in 0..3 {
+            for f in 0..FILES {
+                let name = f.to_string();
+                let (from, to) = (&ends[round % 2], &ends[(round + 1) % 2]);
+                store.rename(from, name.as_bytes(), to, name.as_bytes(), RenameMode::NoReplace).unwrap();
+            }
+        }
+    });
+    assert!(seen.len() >= FILES + 5);
 }
 
 /// A list of moves that overflowed proves nothing.

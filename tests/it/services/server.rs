@@ -1,5 +1,6 @@
 //! A server process for one test.
 
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use std::ffi::OsStr;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -74,18 +75,26 @@ impl Server {
     }
 
     /// Stops it from answering, without ending it; [`Server::thaw`] lets it go on.
+    ///
+    /// kill(2) returns before the threads of another process have stopped, and one that still runs may answer once more:
+    /// this waits for the last of them (waitid(2), `WSTOPPED`).
     pub fn freeze(&self) {
-        self.signal(rustix::process::Signal::STOP);
+        self.signal(Signal::STOP);
+        let stopped = waitid(WaitId::Pid(self.pid()), WaitIdOptions::STOPPED).unwrap().expect("waits for it");
+        assert!(stopped.stopped(), "{stopped:?}: {}", self.log());
     }
 
     /// Lets it go on after [`Server::freeze`].
     pub fn thaw(&self) {
-        self.signal(rustix::process::Signal::CONT);
+        self.signal(Signal::CONT);
     }
 
-    fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
+    fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap()
     }
 }
 

@@ -1,5 +1,7 @@
 //! A server process for one test.
 
+use crate::cli::support::wait_for;
+use envelopefs::kms::KmsError;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use std::ffi::OsStr;
 use std::net::{Ipv4Addr, TcpListener};
@@ -25,6 +27,17 @@ pub fn venv(program: &str) -> PathBuf {
 /// A file of `tests/support`.
 pub fn support(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support").join(name)
+}
+
+/// What `call` returns once it succeeds. On a busy machine a server may take longer than the short time limit of a test
+/// about servers that do not answer.
+pub fn in_the_end<T>(mut call: impl FnMut() -> Result<T, KmsError>) -> T {
+    let mut got = None;
+    wait_for("a call that succeeds", || {
+        got = call().ok();
+        got.is_some()
+    });
+    got.unwrap()
 }
 
 /// A server that runs until this is dropped; it also dies with the test process, however that ends.

@@ -12,7 +12,7 @@ use std::path::Path;
 /// Runs `lock`.
 ///
 /// # Errors
-/// [`FaultKind::NotMounted`]; the daemon's.
+/// [`FaultKind::NotMounted`]; [`FaultKind::Usage`] if it is mounted several times and no mount point was named; the daemon's.
 pub fn lock(a: &LockArgs) -> Result<(), Fault> {
     let (_, c) = mounted(&a.target)?;
     let r = ask(c, &Request::Lock)?;
@@ -66,6 +66,15 @@ fn recovery(a: &UnlockArgs) -> Result<Option<Hidden>, Fault> {
 
 fn mounted(target: &Path) -> Result<(Place, Connection), Fault> {
     let place = Place::find(target)?;
+    if let (Some(one), Some(other)) = (&place.mount, place.other_mounts.first()) {
+        let text = format!(
+            "{} is mounted at {} and {}, each with keys of its own: name the mount point",
+            place.backing.display(),
+            one.mountpoint.display(),
+            other.display()
+        );
+        return Err(Fault::new(FaultKind::Usage, text));
+    }
     let none = || Fault::new(FaultKind::NotMounted, format!("{}: the store is not mounted", place.backing.display()));
     let c = place.connect()?.ok_or_else(none)?;
     Ok((place, c))

@@ -15,6 +15,8 @@ pub struct Place {
     pub backing: PathBuf,
     /// Where it is mounted, if that can be seen from here.
     pub mount: Option<mounts::Mount>,
+    /// Where else, if it was named by its backing directory: read-only mounts can be several.
+    pub other_mounts: Vec<PathBuf>,
     /// The backing directory, open.
     pub posix: Posix,
     /// The public part of its keyring.
@@ -35,16 +37,18 @@ impl Place {
         };
         let at = mounts::resolve(path).map_err(looked)?;
         let mounted = mounts::at(&at).map_err(looked)?.filter(mounts::Mount::is_ours);
-        let (backing, mount) = match mounted {
-            Some(m) => (m.source.clone(), Some(m)),
+        let (backing, mount, others) = match mounted {
+            Some(m) => (m.source.clone(), Some(m), Vec::new()),
             None => {
-                let m = mounts::of_backing(&at).map_err(looked)?;
-                (at, m)
+                let mut all = mounts::all_of(&at).map_err(looked)?;
+                let newest = all.pop();
+                (at, newest, all)
             }
         };
         let posix = open::backing(&backing)?;
         let keyring = open::keyring(&posix)?;
-        Ok(Self { backing, mount, posix, keyring })
+        let other_mounts = others.into_iter().map(|m| m.mountpoint).collect();
+        Ok(Self { backing, mount, other_mounts, posix, keyring })
     }
 
     /// The KEK of the store that `which` is the id of.
@@ -76,7 +80,8 @@ impl Place {
             return Ok(None);
         }
         let owner = self.mount.as_ref().and_then(mounts::Mount::owner).unwrap_or_else(process::uid);
-        match Connection::to_store(self.keyring.store, owner) {
+        let mountpoint = self.mount.as_ref().map(|m| m.mountpoint.as_path());
+        match Connection::to_store(self.keyring.store, owner, mountpoint) {
             Ok(c) => Ok(Some(c)),
             Err(f) if f.kind == FaultKind::Daemon => {
                 // Says who, as far as it is known. Free by now: then nobody has it.

@@ -9,9 +9,10 @@ use super::report::ReportFile;
 use super::{advice, audit, output, root_keys, rotation_status, shard, waivers};
 use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
-use crate::daemon::lock::VolumeLock;
+use crate::daemon::lock::{Taken, VolumeLock};
 use crate::daemon::observed::Observed;
 use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState};
+use crate::daemon::rotate::BESIDE_READERS;
 use crate::daemon::{open, rotate};
 use crate::kms::ConnectOptions;
 use crate::rotation::{Control, Options, Outcome, Progress, Report, SealedReport, Staged, State, Status, Waivers};
@@ -37,7 +38,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         (None, Some(files)) => return shard::merge(a, files, &place),
         (None, None) => {}
     }
-    let connection = place.connect()?;
+    let connection = place.connect().map_err(|f| beside(&place, f))?;
     let steer = [(a.pause, Request::RotatePause), (a.resume, Request::RotateResume), (a.cancel, Request::RotateCancel)];
     if let Some((_, request)) = steer.into_iter().find(|(asked, _)| *asked) {
         let c = connection.ok_or_else(|| not_mounted(&place, "no rotation is under way: the store is not mounted"))?;
@@ -94,6 +95,14 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
     }
 }
 
+/// The same fault, and what can be done beside those who share the store.
+fn beside(place: &Place, f: Fault) -> Fault {
+    match f.kind == FaultKind::Locked && VolumeLock::taken(&place.backing) == Taken::Shared {
+        true => Fault::new(f.kind, format!("{}; {BESIDE_READERS}", f.message)),
+        false => f,
+    }
+}
+
 /// Where the report goes, if there is to be one.
 pub(super) fn report_file(a: &RotateArgs, place: &Place) -> Result<Option<ReportFile>, Fault> {
     let Some(path) = &a.report else { return Ok(None) };
@@ -140,7 +149,7 @@ fn offline(
     waive: Waivers,
 ) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
-    let _lock = VolumeLock::take(&place.backing, "rotate")?;
+    let _lock = VolumeLock::take(&place.backing, "rotate").map_err(|f| beside(place, f))?;
     let config = Config::load(a.open.access.config.as_deref())?;
     let observed = Observed::start(audit::options_of(&config, &place.backing)?.as_ref(), place.keyring.store)?;
     let (b, keys) = open_keys(a, place, &config, &observed)?;

@@ -5,8 +5,9 @@ use super::place::Place;
 use super::rotate::{outcome, phase, standing};
 use super::status::{ask, is_unfinished};
 use crate::daemon::fault::{Fault, FaultKind};
-use crate::daemon::lock::VolumeLock;
+use crate::daemon::lock::{Taken, VolumeLock};
 use crate::daemon::protocol::RotationState;
+use crate::daemon::shard_lock;
 use crate::format::ids::{KekId, StoreId};
 use crate::format::keyring::{KekRecord, KekState};
 use crate::format::time::rfc3339_seconds;
@@ -120,6 +121,11 @@ struct View {
     mounted: bool,
     /// Some process has the store: a daemon, a rotation or a check.
     locked: bool,
+    /// Without a daemon that says of itself what it does, a process has the store alone.
+    #[serde(skip)]
+    alone: bool,
+    /// The shards that run now.
+    shards_at_work: Vec<Shard>,
     #[serde(flatten)]
     disk: OnDisk,
     /// The rotation under way in the daemon, or the last one since the mount.
@@ -132,11 +138,14 @@ struct View {
 /// [`FaultKind::RotationIncomplete`] after saying so, if a rotation is unfinished and none is under way; the daemon's.
 pub fn run(place: &Place, json: bool) -> Result<(), Fault> {
     let daemon = ask(place)?;
+    let taken = VolumeLock::taken(&place.backing);
     let v = View {
         store: place.keyring.store,
         backing: place.backing.display().to_string(),
         mounted: daemon.is_some(),
-        locked: VolumeLock::is_taken(&place.backing),
+        locked: taken != Taken::No,
+        alone: taken == Taken::Alone && daemon.is_none(),
+        shards_at_work: shard_lock::at_work(&place.backing),
         disk: OnDisk::find(place),
         rotation: daemon.and_then(|d| d.rotation),
     };
@@ -152,17 +161,13 @@ pub fn run(place: &Place, json: bool) -> Result<(), Fault> {
 }
 
 impl View {
-    /// A daemon is rotating, or a process without one has the store and its journal says so.
+    /// A daemon is rotating, or shards are, or a process has the store alone and its journal says so.
     fn is_under_way(&self) -> bool {
         let at_work = |l: &LastRotation| !matches!(l.state, State::Done | State::Cancelled | State::Incomplete);
-        match &self.rotation {
-            Some(r) => r.running,
-            None => {
-                let alone = self.disk.last_rotation.iter().filter(|_| !self.is_shared_out());
-                let mut all = alone.chain(self.disk.shards.iter().map(|s| &s.last));
-                !self.mounted && self.locked && all.any(at_work)
-            }
-        }
+        let by_daemon = self.rotation.as_ref().is_some_and(|r| r.running);
+        let of_one = self.disk.last_rotation.iter().filter(|_| !self.is_shared_out());
+        let by_itself = self.alone && of_one.into_iter().any(at_work);
+        by_daemon || by_itself || !self.shards_at_work.is_empty()
     }
 
     /// Shards are at it or were, and since them nobody alone: the store's own journal says no more than that the rotation was

@@ -21,6 +21,8 @@ struct Status {
     backing: String,
     mounted: bool,
     mountpoint: Option<String>,
+    /// If it is mounted read-only several times and was named by its backing directory: the others, which can be seen here.
+    other_mountpoints: Vec<String>,
     /// Some process has the store: a daemon, a rotation or a check.
     locked: bool,
     plaintext_names: bool,
@@ -136,6 +138,7 @@ pub fn run(a: &StatusArgs) -> Result<(), Fault> {
         backing: place.backing.display().to_string(),
         mounted: daemon.is_some(),
         mountpoint: daemon.as_ref().map(|d| d.mountpoint.clone()),
+        other_mountpoints: place.other_mounts.iter().map(|m| m.display().to_string()).collect(),
         locked: VolumeLock::is_taken(&place.backing),
         plaintext_names: k.plaintext_names(),
         keyring: KeyringView::new(k, &rotation),
@@ -177,6 +180,7 @@ fn text(s: &Status) -> String {
         (None, true) => t += "mounted   no, but in use by another process\n",
         (None, false) => t += "mounted   no\n",
     }
+    s.other_mountpoints.iter().for_each(|m| t += &format!("mounted   {m}\n"));
     t += &format!("names     {}\n", if s.plaintext_names { "plaintext" } else { "encrypted" });
     if let Some(d) = &s.daemon {
         let mode = if d.read_only { ", read-only" } else { "" };

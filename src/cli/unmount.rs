@@ -42,6 +42,6 @@ pub fn run(a: &UnmountArgs) -> Result<(), Fault> {
 /// A descriptor of the daemon's process, which the kernel makes readable when it ends.
 fn daemon_of(m: &Mount) -> Option<OwnedFd> {
     let ring = open::backing(&m.source).and_then(|b| open::keyring(&b)).ok()?;
-    let c = Connection::to_store(ring.store, m.owner().unwrap_or_else(process::uid)).ok()?;
+    let c = Connection::to_mount(ring.store, m.owner().unwrap_or_else(process::uid), &m.mountpoint).ok()?;
     pidfd_open(c.pid(), PidfdFlags::empty()).ok()
 }

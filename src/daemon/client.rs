@@ -8,13 +8,32 @@ use crate::rotation::Status;
 use rustix::process::Pid;
 use std::io::{self, BufReader};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A connection to the daemon of a store.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
     pid: Pid,
+}
+
+fn none(store: StoreId) -> Fault {
+    Fault::new(FaultKind::Daemon, format!("no control socket of store {store} is there"))
+}
+
+/// Connects to the first of `paths` at which somebody listens. If nobody does, the first that is there counts.
+fn first_alive(paths: impl Iterator<Item = PathBuf>, owner: u32) -> Option<Result<Connection, Fault>> {
+    let mut dead = None;
+    // A place we may not look into may hold one: connecting then tells why not.
+    let there =
+        |p: &PathBuf| !matches!(std::fs::symlink_metadata(p), Err(e) if e.kind() == io::ErrorKind::NotFound);
+    for p in paths.filter(there) {
+        match Connection::open(&p, owner) {
+            Err(f) if f.kind == FaultKind::Daemon => dead = dead.or(Some(Err(f))),
+            found => return Some(found),
+        }
+    }
+    dead
 }
 
 impl Connection {
@@ -39,19 +58,44 @@ impl Connection {
         Ok(Self { stream, pid })
     }
 
-    /// Connects to the daemon of `store`, run by `owner`, wherever its socket may be.
+    /// Connects to the daemon that has `store` mounted at `mountpoint`, run by `owner`, wherever its socket may be.
     ///
     /// # Errors
     /// As [`Connection::open`], of the first place that has a socket.
-    pub fn to_store(store: StoreId, owner: u32) -> Result<Self, Fault> {
+    pub fn to_mount(store: StoreId, owner: u32, mountpoint: &Path) -> Result<Self, Fault> {
         let places = runtime_dir::candidates(owner);
-        let path = places.iter().map(|d| runtime_dir::socket_path(d, store)).find(|p| {
-            // A place we may not look into may hold it: connecting then tells why not.
-            !matches!(std::fs::symlink_metadata(p), Err(e) if e.kind() == io::ErrorKind::NotFound)
-        });
-        match path {
-            Some(p) => Self::open(&p, owner),
-            None => Err(Fault::new(FaultKind::Daemon, format!("no control socket of store {store} is there"))),
+        let shared = places.iter().map(|d| runtime_dir::shared_socket_path(d, store, mountpoint));
+        let alone = places.iter().map(|d| runtime_dir::socket_path(d, store));
+        // A socket may be left from a daemon that was killed.
+        first_alive(shared.chain(alone), owner).unwrap_or_else(|| Err(none(store)))
+    }
+
+    /// Connects to the daemon of `store`, run by `owner`: the one that has it mounted at `mountpoint`, if that is known and it
+    /// can be found so, or the one that has it at all.
+    ///
+    /// # Errors
+    /// As [`Connection::to_mount`]; [`FaultKind::Usage`] if there are several.
+    pub fn to_store(store: StoreId, owner: u32, mountpoint: Option<&Path>) -> Result<Self, Fault> {
+        let places = runtime_dir::candidates(owner);
+        let known = match mountpoint {
+            Some(m) => Self::to_mount(store, owner, m),
+            None => first_alive(places.iter().map(|d| runtime_dir::socket_path(d, store)), owner)
+                .unwrap_or_else(|| Err(none(store))),
+        };
+        match known {
+            Err(f) if f.kind == FaultKind::Daemon => {
+                let paths = places.iter().flat_map(|d| runtime_dir::shared_sockets(d, store));
+                let mut alive = paths.filter_map(|p| Self::open(&p, owner).ok());
+                match (alive.next(), alive.next()) {
+                    (Some(one), None) => Ok(one),
+                    (Some(_), Some(_)) => {
+                        let text = format!("store {store} is mounted read-only several times: name the mount point");
+                        Err(Fault::new(FaultKind::Usage, text))
+                    }
+                    (None, _) => Err(f),
+                }
+            }
+            known => known,
         }
     }
 

@@ -10,6 +10,7 @@ use super::protocol::{
     AuditHead, CacheStatus, Confirming, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request,
     RotateRequest, SealToCheck, Sealed,
 };
+use super::rotate::BESIDE_READERS;
 use super::server::{Client, Handler};
 use crate::backing::posix::Posix;
 use crate::crypto::seal::{Seal, hash_from, hex};
@@ -180,10 +181,13 @@ impl Control {
     }
 
     fn rotate(&self, r: &RotateRequest, client: &mut Client) -> io::Result<()> {
-        let started = self.connect_root(r).and_then(|()| self.rotate_options(r)).and_then(|options| {
+        let started = self.may_rotate(r).and_then(|()| self.connect_root(r)).and_then(|()| self.rotate_options(r));
+        let started = started.and_then(|options| {
             let store = self.store.clone();
             let backing = self.backing.clone();
             self.job.start(move |progress, control| {
+                // What a dry run counts may be what shards are moving.
+                store.shared().renew_keys();
                 let report = super::rotate::mounted(&store, &options, progress, control);
                 let report = report.map_err(|e| Fault::store(&backing, &e))?;
                 let sealed = super::rotate::seal(&store, &report);
@@ -198,9 +202,21 @@ impl Control {
     }
 
     fn rotate_stage(&self, r: &RotateRequest) -> Result<Staged, Fault> {
+        self.may_rotate(r)?;
         self.connect_root(r)?;
         let options = self.rotate_options(r)?;
         self.job.alone(|_| super::rotate::stage(&self.store, &options).map_err(|e| Fault::store(&self.backing, &e)))
+    }
+
+    /// A read-only mount writes nothing, but it is in nobody's way who says so.
+    fn may_rotate(&self, r: &RotateRequest) -> Result<(), Fault> {
+        match self.to_write() {
+            Err(f) if !r.dry_run => {
+                let text = format!("{} at {}; {BESIDE_READERS}", f.message, self.mountpoint.display());
+                Err(Fault::new(FaultKind::Locked, text))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A passphrase without new root keys must be that of a root key the store has.

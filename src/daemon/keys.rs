@@ -132,8 +132,10 @@ impl KeyKeeper {
         Ok(done)
     }
 
-    /// Asks the key service now, and acts on what it says.
+    /// Asks the key service now, and acts on what it says. If the store is only read, looks before whether somebody else has
+    /// changed the keyring: a KEK that was destroyed elsewhere is not to stay in memory.
     pub fn refresh(&self) {
+        self.store.shared().renew_keys();
         let keys = &self.store.shared().keys;
         keys.ask_service();
         self.follow();

@@ -1,5 +1,6 @@
-//! The volume lock: one process at a time has a store, through flock(2) on `.envelopefs/lock`; or several, which have agreed
-//! on who does what (the shards of a rotation, see [`super::shard_lock`]), share it.
+//! The volume lock: one process at a time has a store, through flock(2) on `.envelopefs/lock`; or several share it, which
+//! have agreed on who does what: read-only mounts, which write nothing, and the shards of a rotation (see
+//! [`super::shard_lock`]). Whoever changes anything else takes it alone.
 //!
 //! The kernel drops the lock when the process ends, however it ends, so there is no stale lock. What the file holds (who
 //! has it) is for people only and is never trusted.
@@ -18,6 +19,15 @@ const LOOK: Duration = Duration::from_millis(20);
 /// The same for somebody who looks himself.
 const GLANCES: u32 = 3;
 const GLANCE: Duration = Duration::from_millis(1);
+
+/// Whether somebody has a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    No,
+    /// By read-only mounts, shards of a rotation, or both.
+    Shared,
+    Alone,
+}
 
 /// A held lock; dropping it lets the store go.
 #[derive(Debug)]
@@ -61,7 +71,8 @@ impl VolumeLock {
         Ok(Self { _file: file })
     }
 
-    /// Waits until nobody has the lock of the store at `backing`. Returns at once if there is no lock file.
+    /// Waits until nobody has the store at `backing` alone: those who share it have nothing that they must write before they
+    /// go. Returns at once if there is no lock file.
     pub fn wait_free(backing: &Path) {
         if let Ok(f) = open(backing) {
             let _ = flock(&f, FlockOperation::LockShared);
@@ -76,17 +87,34 @@ impl VolumeLock {
 
     /// Whether some process has the store at `backing` now, alone or with others.
     pub fn is_taken(backing: &Path) -> bool {
-        let Ok(file) = open(backing) else { return false };
+        Self::taken(backing) != Taken::No
+    }
+
+    /// Who has the store at `backing` now.
+    pub fn taken(backing: &Path) -> Taken {
+        let Ok(file) = open(backing) else { return Taken::No };
+        let mut seen = Taken::No;
         for glance in 0..GLANCES {
             // Two who look at once see each other.
             if glance > 0 {
                 std::thread::sleep(GLANCE);
             }
-            if flock(&file, FlockOperation::NonBlockingLockExclusive) != Err(rustix::io::Errno::WOULDBLOCK) {
-                return false;
+            seen = look(&file);
+            if seen == Taken::No {
+                break;
             }
         }
-        true
+        seen
+    }
+}
+
+/// What can be told from trying the lock of `file`, which holds none.
+fn look(file: &File) -> Taken {
+    let refuses = |how| flock(file, how) == Err(rustix::io::Errno::WOULDBLOCK);
+    match (refuses(FlockOperation::NonBlockingLockExclusive), refuses(FlockOperation::NonBlockingLockShared)) {
+        (false, _) => Taken::No,
+        (true, false) => Taken::Shared,
+        (true, true) => Taken::Alone,
     }
 }
 
@@ -115,8 +143,16 @@ fn holder(file: &mut File) -> String {
 
 fn locked(backing: &Path, file: &mut File) -> Fault {
     let who = holder(file);
-    let by = if who.is_empty() { "another process".to_string() } else { format!("another process ({who})") };
-    Fault::new(FaultKind::Locked, format!("store {} is in use by {by}", backing.display()))
+    let shown = backing.display();
+    let text = match (look(file), who.is_empty()) {
+        (Taken::Shared, true) => format!("store {shown} is in use by read-only mounts or shards of a rotation"),
+        (Taken::Shared, false) => {
+            format!("store {shown} is in use by read-only mounts or shards of a rotation (the last to come: {who})")
+        }
+        (_, true) => format!("store {shown} is in use by another process"),
+        (_, false) => format!("store {shown} is in use by another process ({who})"),
+    };
+    Fault::new(FaultKind::Locked, text)
 }
 
 #[cfg(test)]
@@ -128,8 +164,9 @@ mod tests {
         let d = tempfile::tempdir().unwrap();
         assert_eq!(VolumeLock::take(d.path(), "mount").unwrap_err().kind, FaultKind::NotAStore);
         std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
-        assert!(!VolumeLock::is_taken(d.path()));
+        assert_eq!(VolumeLock::taken(d.path()), Taken::No);
         let held = VolumeLock::take(d.path(), "mount").unwrap();
+        assert_eq!(VolumeLock::taken(d.path()), Taken::Alone);
         let e = VolumeLock::take(d.path(), "rotate").unwrap_err();
         assert_eq!(e.kind, FaultKind::Locked);
         assert!(e.message.contains("for mount"), "{}", e.message);
@@ -146,11 +183,18 @@ mod tests {
         std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
         let (one, other) = (VolumeLock::share(d.path(), "a").unwrap(), VolumeLock::share(d.path(), "b").unwrap());
         drop(one);
-        assert!(VolumeLock::is_taken(d.path()));
-        assert_eq!(VolumeLock::take(d.path(), "mount").unwrap_err().kind, FaultKind::Locked);
+        assert_eq!(VolumeLock::taken(d.path()), Taken::Shared);
+        // They are not waited for: nothing that they leave is still to be written.
+        VolumeLock::wait_free(d.path());
+        let refused = VolumeLock::take(d.path(), "mount").unwrap_err();
+        assert_eq!(refused.kind, FaultKind::Locked);
+        assert!(refused.message.contains("shards of a rotation (the last to come: pid "), "{}", refused.message);
+        assert_eq!(VolumeLock::taken(d.path()), Taken::Shared, "whoever was refused keeps nothing");
         drop(other);
         let _alone = VolumeLock::take(d.path(), "mount").unwrap();
-        assert_eq!(VolumeLock::share(d.path(), "a").unwrap_err().kind, FaultKind::Locked);
+        let refused = VolumeLock::share(d.path(), "a").unwrap_err();
+        assert_eq!(refused.kind, FaultKind::Locked);
+        assert!(refused.message.contains("is in use by another process (pid "), "{}", refused.message);
     }
 
     #[test]

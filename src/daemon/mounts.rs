@@ -62,7 +62,15 @@ pub fn at(mountpoint: &Path) -> io::Result<Option<Mount>> {
 /// # Errors
 /// As [`list`].
 pub fn of_backing(backing: &Path) -> io::Result<Option<Mount>> {
-    Ok(list()?.into_iter().rfind(|m| m.is_ours() && m.source == backing))
+    Ok(all_of(backing)?.pop())
+}
+
+/// All our mounts of the backing directory `backing`, oldest first. One that can be written is alone, but for bind mounts.
+///
+/// # Errors
+/// As [`list`].
+pub fn all_of(backing: &Path) -> io::Result<Vec<Mount>> {
+    Ok(list()?.into_iter().filter(|m| m.is_ours() && m.source == backing).collect())
 }
 
 /// Whether what is mounted at `mountpoint` is a FUSE mount whose daemon has died. Asked with statfs(2), which the kernel

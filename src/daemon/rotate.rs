@@ -54,6 +54,10 @@ fn seal_with(keys: &Keys, report: &Report) -> SealedReport {
     SealedReport::new(report, &sealed::seal_key(keys.secret()))
 }
 
+/// What somebody can do who wants a store rotated that is mounted read-only.
+pub const BESIDE_READERS: &str =
+    "beside read-only mounts, rotate --shard 1/1 (or K/N on each of N machines) and then rotate --merge do the same";
+
 /// A store opened for a rotation that several processes share: nothing in it is changed but headers and what the rotation
 /// itself writes.
 pub struct SharedStore<B: Backing>(Shared<B>);

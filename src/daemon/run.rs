@@ -5,13 +5,13 @@ use super::endings::Endings;
 use super::fault::{Fault, FaultKind, plain};
 use super::job::Job;
 use super::keys::{KeyKeeper, KeyRules, Refresher};
-use super::lock::VolumeLock;
+use super::lock::{Taken, VolumeLock};
 use super::metrics::listen;
 use super::metrics::source::Source;
 use super::observed::Observed;
 use super::ready::Sender;
 use super::server::{Server, open_dir};
-use super::{audit, log, mounts, open, rotate, runtime_dir, spawn};
+use super::{audit, log, mounts, open, rotate, runtime_dir, shard_lock, spawn};
 use crate::backing::posix::Posix;
 use crate::fuse::{self, MountOptions, Unmounter};
 use crate::kms::ConnectOptions;
@@ -34,6 +34,7 @@ const SETTLE_AFTER: Duration = Duration::from_secs(2);
 
 /// What the lock file says of us.
 const PURPOSE: &str = "mount";
+const READING: &str = "read only mount";
 /// How long a daemon that is about to end is waited for, and how often it is looked for.
 const LEAVING_MAX: Duration = Duration::from_secs(10);
 const LEAVING_LOOK: Duration = Duration::from_millis(50);
@@ -72,7 +73,7 @@ pub struct Plan {
 /// # Errors
 /// Before the mount: why there is none. After: why the store could not be closed in order.
 pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
-    let lock = take_lock(&plan.backing)?;
+    let lock = take_lock(&plan.backing, plan.mount.read_only)?;
     let b = open::backing(&plan.backing)?;
     let observed = Arc::new(Observed::start(plan.audit.as_ref(), open::keyring(&b)?.store)?);
     // The last thing that may need the terminal and the working directory.
@@ -80,7 +81,7 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
         .inspect_err(|f| observed.refused(StoreChange::Mount.as_str(), &plan.backing, f))?;
     observed.opened(&keys);
     let _ = std::env::set_current_dir("/");
-    clear_mountpoint(&plan)?;
+    clear_mountpoint(&plan.mount.mountpoint, &plan.backing)?;
     let on_stderr = matches!(plan.log, log::Target::Stderr);
     log::install(plan.log, plan.log_level);
     for w in open::warnings(&keys, &plan.connect) {
@@ -127,8 +128,17 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
         metrics,
     };
     let id = store.shared().keys.store_id();
-    let server = Server::start(&runtime_dir::socket_path(&runtime_dir::make()?, id), Arc::new(control))?;
+    let sockets = runtime_dir::make()?;
+    let turn = runtime_dir::turn(&sockets)?;
+    // Somebody else who shares the store may have been faster.
+    clear_mountpoint(&plan.mount.mountpoint, &plan.backing)?;
+    let socket = match plan.mount.read_only {
+        true => runtime_dir::shared_socket_path(&sockets, id, &plan.mount.mountpoint),
+        false => runtime_dir::socket_path(&sockets, id),
+    };
+    let server = Server::start(&socket, Arc::new(control))?;
     let mounted = fuse::mount(store.clone(), &plan.mount).map_err(|e| mount_fault(&plan.mount, &e))?;
+    drop(turn);
     on_signals(mounted.unmount_handle(), plan.mount.mountpoint.clone())
         .map_err(|e| Fault::new(FaultKind::Other, format!("cannot wait for signals: {}", plain(&e))))?;
     keeper.mounted(mounted.caches());
@@ -163,12 +173,17 @@ pub fn run(plan: Plan, ready: &mut Sender) -> Result<(), Fault> {
     ended(&plan.backing, served, closed.map_err(|e| Fault::store(&plan.backing, &e)))
 }
 
-/// Takes the volume lock. umount(8) returns when the mount is gone, not when its daemon has written everything back: one
-/// that mounted the store and has no mount any more is waited for, so that `umount x; mount x` works.
-fn take_lock(backing: &Path) -> Result<VolumeLock, Fault> {
+/// Takes the volume lock: alone, or to read only, which writes nothing to the backing directory, together with others who
+/// share it. umount(8) returns when the mount is gone, not when its daemon has written everything back: one that mounted the
+/// store and has no mount any more is waited for, so that `umount x; mount x` works.
+fn take_lock(backing: &Path, read_only: bool) -> Result<VolumeLock, Fault> {
     let deadline = Instant::now() + LEAVING_MAX;
     loop {
-        match VolumeLock::take(backing, PURPOSE) {
+        let taken = match read_only {
+            true => VolumeLock::share(backing, READING),
+            false => VolumeLock::take(backing, PURPOSE),
+        };
+        match taken {
             Err(f) if f.kind == FaultKind::Locked && Instant::now() < deadline && is_leaving(backing) => {
                 std::thread::sleep(LEAVING_LOOK);
             }
@@ -177,10 +192,15 @@ fn take_lock(backing: &Path) -> Result<VolumeLock, Fault> {
     }
 }
 
-/// Whether whoever has the lock says he mounted the store, and it is not mounted.
+/// Whether whoever has the lock mounted the store, as far as can be told, and it is not mounted. Those who share it and are
+/// no shards have mounted it to read.
 fn is_leaving(backing: &Path) -> bool {
-    VolumeLock::holder(backing).is_some_and(|who| who.ends_with(PURPOSE))
-        && mounts::of_backing(backing).is_ok_and(|m| m.is_none())
+    let mounted_it = match VolumeLock::taken(backing) {
+        Taken::No => true,
+        Taken::Shared => shard_lock::at_work(backing).is_empty(),
+        Taken::Alone => VolumeLock::holder(backing).is_some_and(|who| who.ends_with(PURPOSE)),
+    };
+    mounted_it && mounts::of_backing(backing).is_ok_and(|m| m.is_none())
 }
 
 fn ended(backing: &Path, served: io::Result<()>, closed: Result<(), Fault>) -> Result<(), Fault> {
@@ -194,8 +214,7 @@ fn ended(backing: &Path, served: io::Result<()>, closed: Result<(), Fault>) -> R
 }
 
 /// Refuses a mount point where an envelopefs is mounted already; takes away one of ours whose daemon has died.
-fn clear_mountpoint(plan: &Plan) -> Result<(), Fault> {
-    let at = &plan.mount.mountpoint;
+fn clear_mountpoint(at: &Path, backing: &Path) -> Result<(), Fault> {
     let shown = at.display();
     let there = mounts::at(at).map_err(|e| Fault::io("look for mounts at", at, &e))?;
     let Some(m) = there.filter(mounts::Mount::is_ours) else { return Ok(()) };
@@ -203,11 +222,11 @@ fn clear_mountpoint(plan: &Plan) -> Result<(), Fault> {
         let text = format!("{} is mounted at {shown} already", m.source.display());
         return Err(Fault::new(FaultKind::MountTaken, text));
     }
-    if m.source != plan.backing {
+    if m.source != backing {
         let text = format!("a mount of {} whose daemon has died is in the way at {shown}", m.source.display());
         return Err(Fault::new(FaultKind::DeadMount, text).about(at));
     }
-    // The volume lock is ours, so its daemon is gone for good.
+    // It was mounted before, by a daemon that is gone for good.
     Unmounter::new(at).detach().map_err(|e| Fault::io("take away the dead mount at", at, &e))
 }
 
@@ -299,24 +318,35 @@ mod tests {
 
     #[test]
     fn a_store_whose_mount_is_gone_already_is_waited_for() {
-        let d = tempfile::tempdir().unwrap();
-        std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
-        let leaving = VolumeLock::take(d.path(), PURPOSE).unwrap();
-        std::thread::scope(|s| {
-            let waiting = s.spawn(|| take_lock(d.path()));
-            // Longer than a taker is patient with those who only look.
-            std::thread::sleep(Duration::from_millis(300));
-            drop(leaving);
-            waiting.join().unwrap().unwrap();
-        });
+        let leaving = [VolumeLock::take, VolumeLock::share];
+        for (how, read_only) in leaving.into_iter().flat_map(|l| [(l, false), (l, true)]) {
+            let d = tempfile::tempdir().unwrap();
+            std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
+            let leaving = how(d.path(), PURPOSE).unwrap();
+            std::thread::scope(|s| {
+                let waiting = s.spawn(|| take_lock(d.path(), read_only));
+                // Longer than a taker is patient with those who only look.
+                std::thread::sleep(Duration::from_millis(300));
+                drop(leaving);
+                waiting.join().unwrap().unwrap();
+            });
+        }
     }
 
     #[test]
     fn a_store_that_is_being_rotated_is_not_waited_for() {
         let d = tempfile::tempdir().unwrap();
         std::fs::create_dir(d.path().join(".envelopefs")).unwrap();
-        let _rotating = VolumeLock::take(d.path(), "rotate").unwrap();
+        let rotating = VolumeLock::take(d.path(), "rotate").unwrap();
         assert!(!is_leaving(d.path()));
-        assert_eq!(take_lock(d.path()).unwrap_err().kind, FaultKind::Locked);
+        for read_only in [false, true] {
+            assert_eq!(take_lock(d.path(), read_only).unwrap_err().kind, FaultKind::Locked);
+        }
+        drop(rotating);
+        let shard = crate::rotation::Shard::new(1, 1).unwrap();
+        let _shard = shard_lock::ShardLocks::take(d.path(), shard, || Ok(())).unwrap();
+        assert!(!is_leaving(d.path()));
+        assert_eq!(take_lock(d.path(), false).unwrap_err().kind, FaultKind::Locked);
+        take_lock(d.path(), true).unwrap();
     }
 }

@@ -3,17 +3,50 @@
 
 use super::fault::{Fault, FaultKind};
 use super::process;
+use crate::crypto::kdf::sha256;
 use crate::format::ids::StoreId;
+use rustix::fs::{FlockOperation, flock};
+use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Environment variable that puts the sockets elsewhere.
 pub const OVERRIDE: &str = "ENVELOPEFS_RUNTIME_DIR";
 
-/// The socket's place for `store` in `dir`.
+/// The place in `dir` of the socket of the daemon that has `store` alone.
 pub fn socket_path(dir: &Path, store: StoreId) -> PathBuf {
     dir.join(format!("{store}.sock"))
+}
+
+/// The place in `dir` of the socket of the daemon that has `store` mounted read-only at `mountpoint`: there can be several.
+pub fn shared_socket_path(dir: &Path, store: StoreId, mountpoint: &Path) -> PathBuf {
+    let hash = sha256(mountpoint.as_os_str().as_bytes());
+    let tag: String = hash.iter().take(8).map(|b| format!("{b:02x}")).collect();
+    dir.join(format!("{store}-{tag}.sock"))
+}
+
+/// All sockets of daemons that have `store` mounted read-only, as far as `dir` may be looked into. Nobody may be left there.
+pub fn shared_sockets(dir: &Path, store: StoreId) -> Vec<PathBuf> {
+    let begins = format!("{store}-");
+    let ours = |p: &PathBuf| p.file_name().is_some_and(|n| n.as_bytes().starts_with(begins.as_bytes()));
+    let mut found: Vec<_> = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    found.retain(ours);
+    found.sort();
+    found
+}
+
+/// The right to take a mount point and to make a socket in the runtime directory `dir`, for one process of this user at a
+/// time: mounts that share a store are kept apart by nothing else. Waits for it; dropping it lets go.
+///
+/// # Errors
+/// The kernel's.
+pub fn turn(dir: &Path) -> Result<File, Fault> {
+    let fail = |e: io::Error| Fault::io("lock the runtime directory", dir, &e);
+    let held = File::open(dir).map_err(fail)?;
+    flock(&held, FlockOperation::LockExclusive).map_err(|e| fail(e.into()))?;
+    Ok(held)
 }
 
 /// This user's runtime directory, made if it is not there.
@@ -89,6 +122,20 @@ mod tests {
         assert_eq!(default_place(7, Some("/run/user/7".into())), Path::new("/run/user/7/envelopefs"));
         assert_eq!(default_place(7, Some("relative".into())), Path::new("/tmp/envelopefs-7"));
         assert_eq!(default_place(7, None), Path::new("/tmp/envelopefs-7"));
+    }
+
+    #[test]
+    fn mounts_that_share_a_store_have_sockets_of_their_own() {
+        let d = tempfile::tempdir().unwrap();
+        let (store, other) = (StoreId([1; 16]), StoreId([2; 16]));
+        let at = |s, m: &str| shared_socket_path(d.path(), s, Path::new(m));
+        let mut all = vec![at(store, "/a"), at(store, "/b")];
+        for p in all.iter().chain([&at(other, "/a"), &socket_path(d.path(), store)]) {
+            std::fs::write(p, "").unwrap();
+        }
+        all.sort();
+        assert_eq!(shared_sockets(d.path(), store), all);
+        assert_eq!(shared_sockets(&d.path().join("none"), store), Vec::<PathBuf>::new());
     }
 
     #[test]

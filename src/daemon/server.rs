@@ -6,7 +6,7 @@ use super::{process, runtime_dir};
 use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,11 +57,18 @@ impl Client {
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
+    /// Device and inode number of the file.
+    made: Option<(u64, u64)>,
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 impl Server {
     /// Listens at `path`, in a directory [`runtime_dir::check`] approves, and serves in threads of its own. A socket left
-    /// by a daemon that died is replaced: the caller holds the volume lock, so nobody else's can be alive there.
+    /// by a daemon that died, or whose mount is gone, is replaced: the caller has seen to it that nobody else's is needed
+    /// there.
     ///
     /// # Errors
     /// The kernel's, or that the directory is not safe.
@@ -77,13 +84,16 @@ impl Server {
         let listener = UnixListener::bind(path).map_err(fail)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
         std::thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &handler)).map_err(fail)?;
-        Ok(Self { path: path.to_path_buf() })
+        Ok(Self { path: path.to_path_buf(), made: inode(path) })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        // Somebody may have mounted a store at the same place that is shared, while we were leaving.
+        if inode(&self.path) == self.made {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -205,7 +215,11 @@ mod tests {
         assert_eq!(seen, 3);
         let c = Connection::open(&path, process::uid()).unwrap();
         assert_eq!(c.ask(&Request::Status, |_| {}).unwrap_err().kind, FaultKind::Usage);
+        // The next one at the same place is not taken away by the one that leaves.
+        let next = Server::start(&path, Arc::new(Echo)).unwrap();
         drop(server);
+        Connection::open(&path, process::uid()).unwrap();
+        drop(next);
         assert!(!path.exists());
     }
 

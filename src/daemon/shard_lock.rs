@@ -1,6 +1,7 @@
 //! Locks of a rotation that several processes share, on machines that share the backing file system.
 //!
-//! - `.envelopefs/lock` ([`VolumeLock`]), shared: nobody mounts, rotates alone or changes root keys meanwhile.
+//! - `.envelopefs/lock` ([`VolumeLock`]), shared: nobody mounts to write, rotates alone or changes root keys meanwhile.
+//!   Read-only mounts share it too.
 //! - `.envelopefs/rotation/shards`: held shared by every shard that runs, exclusively by whoever changes the keyring for
 //!   all: the first shard, which begins the run, and the merge. It says how the files are divided, and by which inode
 //!   numbers; one that comes later must divide and see them alike, or two might write the same header.
@@ -23,6 +24,8 @@ use std::time::{Duration, Instant};
 const BEGINNING_MAX: Duration = Duration::from_secs(120);
 /// How long a division that is not ours may stand in the file without being anybody's: whoever wrote it may have ended.
 const STALE_MAX: Duration = Duration::from_secs(1);
+/// What the file of a share that is locked ends in.
+const LOCK: &str = "lock";
 /// How often, and how long each time, somebody who only looks is waited for.
 const LOOKS: u32 = 3;
 const LOOK: Duration = Duration::from_millis(50);
@@ -119,16 +122,26 @@ impl MergeLocks {
     }
 }
 
-/// The shards that run, in words, as far as their locks tell.
-fn running(folder: &Path) -> String {
-    let theirs = open(&folder.join("shards")).map(|mut f| read(&mut f)).unwrap_or_default();
-    let of = theirs.lines().find_map(|l| l.strip_prefix("of ")).and_then(|n| n.parse().ok()).unwrap_or(0);
+/// The shards of the store at `backing` that run now, as far as their locks tell.
+pub fn at_work(backing: &Path) -> Vec<Shard> {
+    at_work_in(&folder_of(backing))
+}
+
+fn at_work_in(folder: &Path) -> Vec<Shard> {
     let taken = |s: &Shard| {
         File::open(share_path(folder, *s))
             .is_ok_and(|f| flock(&f, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK))
     };
-    let at_work: Vec<String> =
-        Shard::new(1, of).into_iter().flat_map(Shard::all).filter(taken).map(|s| s.to_string()).collect();
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let shards = entries.filter_map(|e| Shard::of_file(e.file_name().as_encoded_bytes(), LOCK));
+    let mut found: Vec<Shard> = shards.filter(taken).collect();
+    found.sort();
+    found
+}
+
+/// The same in words.
+fn running(folder: &Path) -> String {
+    let at_work: Vec<String> = at_work_in(folder).iter().map(Shard::to_string).collect();
     match at_work.is_empty() {
         true => "shards are".to_owned(),
         false => format!("shards {} are", at_work.join(", ")),
@@ -136,7 +149,7 @@ fn running(folder: &Path) -> String {
 }
 
 fn share_path(folder: &Path, shard: Shard) -> PathBuf {
-    folder.join(shard.file_name("lock"))
+    folder.join(shard.file_name(LOCK))
 }
 
 /// What the file says of a division: its rule, of how many shares, and what number an inode has that all can see.
@@ -156,8 +169,12 @@ fn others(backing: &Path, theirs: &str) -> Fault {
     Fault::new(FaultKind::Locked, text)
 }
 
+fn folder_of(backing: &Path) -> PathBuf {
+    backing.join(".envelopefs/rotation")
+}
+
 fn make_folder(backing: &Path) -> Result<PathBuf, Fault> {
-    let folder = backing.join(".envelopefs/rotation");
+    let folder = folder_of(backing);
     match std::fs::DirBuilder::new().mode(0o700).create(&folder) {
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => Err(Fault::io("make", &folder, &e)),
         _ => Ok(folder),
@@ -226,7 +243,8 @@ mod tests {
         refused(take(&d, "2/3"), "share 2/3 of store");
         refused(take(&d, "1/4"), "another division run (3 of them");
         refused(MergeLocks::take(d.path()), "shards 1/3, 2/3 are at work");
-        refused(VolumeLock::take(d.path(), "mount"), "is in use by another process (pid");
+        refused(VolumeLock::take(d.path(), "mount"), "shards of a rotation (the last to come: pid");
+        assert_eq!(at_work(d.path()), ["1/3", "2/3"].map(shard));
         assert!(VolumeLock::is_taken(d.path()));
         drop(first);
         refused(MergeLocks::take(d.path()), "shards 2/3 are at work");
@@ -234,6 +252,7 @@ mod tests {
         let merging = MergeLocks::take(d.path()).unwrap();
         refused(VolumeLock::take(d.path(), "mount"), "is in use");
         drop(merging);
+        assert_eq!(at_work(d.path()), []);
         // What the last division was binds nobody.
         assert_eq!(take(&d, "1/4").unwrap().1, Some(()));
         assert!(!VolumeLock::is_taken(d.path()));
@@ -247,6 +266,23 @@ mod tests {
         refused(MergeLocks::take(d.path()), "for mount");
         drop(held);
         take(&d, "1/2").unwrap();
+    }
+
+    #[test]
+    fn read_only_mounts_shards_and_a_merge_have_the_store_together() {
+        let d = store();
+        let (one, other) = (VolumeLock::share(d.path(), "mount").unwrap(), VolumeLock::share(d.path(), "mount").unwrap());
+        let shards = (take(&d, "1/2").unwrap(), take(&d, "2/2").unwrap());
+        refused(VolumeLock::take(d.path(), "rotate"), "is in use by read-only mounts or shards");
+        drop(shards);
+        let merging = MergeLocks::take(d.path()).unwrap();
+        // Whoever comes while the others are there.
+        let late = VolumeLock::share(d.path(), "mount").unwrap();
+        drop((one, other, merging));
+        refused(VolumeLock::take(d.path(), "mount"), "is in use by read-only mounts or shards");
+        take(&d, "1/2").unwrap();
+        drop(late);
+        VolumeLock::take(d.path(), "mount").unwrap();
     }
 
     #[test]

@@ -109,7 +109,7 @@ fn unwrap_cached<B: Backing>(shared: &Shared<B>, slot: &Slot) -> Result<(Arc<Dek
     }
     shared.keys.permit()?;
     let watch = shared.keys.watch();
-    let opened = shared.keys.kek(slot.kek).and_then(|kek| Ok((unwrap_slot(&kek, slot)?, kek)));
+    let opened = shared.kek(slot.kek).and_then(|kek| Ok((unwrap_slot(&kek, slot)?, kek)));
     watch.ended(Operation::Unwrap, slot.file, slot.kek, None, &opened);
     let (dek, kek) = opened?;
     let dek = Arc::new(dek);

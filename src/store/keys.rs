@@ -5,7 +5,8 @@
 //! was read back from disk and unwrapped by an independent call to the same value. No error of a provider changes
 //! anything.
 //!
-//! The caller holds the store's lock: one process at a time changes a keyring.
+//! The caller holds the store's lock: one process at a time changes a keyring. Others may share a store that they only
+//! read, and take over what it has changed (see [`renew`]).
 
 pub mod authority;
 mod change;
@@ -19,6 +20,7 @@ mod observe;
 mod quorum;
 mod ready;
 mod refresh;
+mod renew;
 mod roots;
 #[cfg(test)]
 mod tests;
@@ -83,6 +85,8 @@ pub struct Keys {
     update: Mutex<()>,
     /// Held through a refresh.
     refreshing: Mutex<()>,
+    /// Held while it is looked whether somebody else has changed the keyring. Taken before `update`, never after.
+    renewal: Mutex<renew::Renewal>,
     /// KEKs that are to be destroyed and under which a file was opened since. Taken after `state`, never before.
     uses: Mutex<HashSet<KekId>>,
     gate: Arc<Gate>,
@@ -276,6 +280,7 @@ impl Keys {
             state: RwLock::new(State { ring, opened, connected, spare }),
             update: Mutex::new(()),
             refreshing: Mutex::new(()),
+            renewal: Mutex::default(),
             uses: Mutex::default(),
             gate,
             damaged: Vec::new(),
@@ -461,7 +466,7 @@ fn connect_all(
 ) -> (Vec<Connected>, Opened, Vec<Arc<dyn KeyProvider>>) {
     let mut spare: Vec<_> = root.iter().filter(|p| !Arc::ptr_eq(p, &first.provider)).cloned().collect();
     let mut connected = vec![first];
-    let mut opened = roots::open_keks(ring, &connected);
+    let mut opened = roots::open_keks(ring, &connected, |_| true);
     if !opened.unusable.is_empty() && !spare.is_empty() {
         for p in std::mem::take(&mut spare) {
             match roots::recognise(ring, &p) {
@@ -470,7 +475,7 @@ fn connect_all(
                 Err(_) => spare.push(p),
             }
         }
-        opened = roots::open_keks(ring, &connected);
+        opened = roots::open_keks(ring, &connected, |_| true);
     }
     for (id, why) in &opened.unusable {
         tracing::warn!(kek = %id, %why, "KEK cannot be used");

@@ -72,6 +72,7 @@ impl<B: Backing> Store<B> {
     /// As [`super::keys::Keys::open`]; the keys are then as locked as they were.
     pub fn unlock_keys(&self, root: &[Arc<dyn KeyProvider>]) -> Result<Unlocked> {
         self.shared().keys.reopen(root)?;
+        self.shared().renew_keys();
         Ok(self.restore_files())
     }
 
@@ -86,6 +87,7 @@ impl<B: Backing> Store<B> {
             return Ok(Unlocked::default());
         }
         keys.reopen_with_connected()?;
+        self.shared().renew_keys();
         Ok(self.restore_files())
     }
 

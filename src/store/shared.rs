@@ -4,11 +4,13 @@ use super::ahead::Ahead;
 use super::dek_cache::DekCache;
 use super::error::Result;
 use super::file::SettleQueue;
-use super::keys::{Keys, Ready};
+use super::keys::{KekHandle, Keys, Phase, Ready};
 use super::load::Load;
 use super::restored::Restored;
 use crate::backing::Backing;
+use crate::format::ids::KekId;
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 /// The open store's common parts.
 pub struct Shared<B: Backing> {
@@ -45,6 +47,32 @@ impl<B: Backing> Shared<B> {
 }
 
 impl<B: Backing> Shared<B> {
+    /// The KEK `id`, to open files with. A store that is only read may share the disk with a rotation elsewhere: the keyring
+    /// is read again for a KEK that is not known.
+    ///
+    /// # Errors
+    /// As [`Keys::kek`]; while the keyring is read again, the backing directory's, and why a KEK that is new does not open.
+    pub(super) fn kek(&self, id: KekId) -> Result<Arc<KekHandle>> {
+        match self.keys.kek(id) {
+            Err(_) if self.read_only && self.keys.phase() == Phase::Open && self.keys.may_be_news(id) => {
+                self.keys.renew(&self.backing)?;
+                self.keys.kek(id)
+            }
+            found => found,
+        }
+    }
+
+    /// Takes over what somebody else has made of the keyring, if that is possible at all. What goes wrong is logged: the
+    /// keyring before is in force then.
+    pub fn renew_keys(&self) {
+        if self.read_only
+            && self.keys.phase() == Phase::Open
+            && let Err(e) = self.keys.renew(&self.backing)
+        {
+            tracing::warn!("looking whether the keyring was changed elsewhere: {e}");
+        }
+    }
+
     /// For whoever is about to make a file, or to open an empty one for writing: its first write will need a key, and may
     /// reach us when nobody can be told of an error any more. While the key service that has to wrap it does not answer,
     /// one that was made ahead of need is put by in `ready`.

@@ -11,6 +11,10 @@ use crate::store::error::{Result, StoreError};
 use crate::store::header;
 use std::sync::Arc;
 
+/// How often a header that does not open is read again while somebody else may be writing it. He makes each of its slots
+/// durable before he touches the other one, so that once is enough, but for a reader that is held up in the middle.
+const LOOKS_AGAIN: u32 = 3;
+
 /// What the sealed length and flags say about a backing size. Pure.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -68,19 +72,16 @@ impl<B: Backing> FileCore<B> {
             return Ok(());
         }
         let mut page = [0u8; PAGE as usize];
-        let n = backing::read_into(&self.shared.backing, &file, &mut page, 0)?;
-        let pair = SlotPair::decode(page.get(..n).unwrap_or_default());
-        let header::Opened { dek, slot, called } =
-            match pair.map_err(StoreError::from).and_then(|p| header::open_dek(&self.shared, &p)) {
-                Ok(found) => found,
-                Err(StoreError::Damage(d)) if header::is_unborn(st.size, &d) => {
-                    // A new file whose first page never reached the disk: no content, so nothing is lost. The first write
-                    // starts it afresh.
-                    inner.file = Some(file);
-                    return Ok(());
-                }
-                Err(e) => return Err(e),
-            };
+        let header::Opened { dek, slot, called } = match self.open_header(&file, &mut page) {
+            Ok(found) => found,
+            Err(StoreError::Damage(d)) if header::is_unborn(st.size, &d) => {
+                // A new file whose first page never reached the disk: no content, so nothing is lost. The first write
+                // starts it afresh.
+                inner.file = Some(file);
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
         let unused = self.shared.keys.is_unused(slot.kek);
         if unused {
             self.shared.keys.note_use(slot.kek);
@@ -99,6 +100,30 @@ impl<B: Backing> FileCore<B> {
             log_damage(&keys, d);
         }
         r
+    }
+
+    /// Reads the backing file's slots, and what follows them, into `start`, and gets the DEK. A store that is only read may
+    /// share the disk with a rotation that is moving this very header: what was read half-written, or from an old page, is
+    /// read again past the cache, as long as it changes.
+    pub(super) fn open_header(&self, file: &B::File, start: &mut [u8]) -> Result<header::Opened> {
+        let b = &self.shared.backing;
+        let open = |bytes: &[u8]| header::open_dek(&self.shared, &SlotPair::decode(bytes)?);
+        let mut n = backing::read_into(b, file, start, 0)?;
+        let mut opened = open(start.get(..n).unwrap_or_default());
+        for _ in 0..LOOKS_AGAIN {
+            if !self.shared.read_only || !matches!(opened, Err(StoreError::Damage(_))) {
+                break;
+            }
+            let mut again = vec![0u8; start.len()];
+            let now = b.read_past_cache(file, &mut again, 0)?;
+            if now == n && again.get(..now) == start.get(..n) {
+                break;
+            }
+            n = now;
+            start.copy_from_slice(&again);
+            opened = open(start.get(..n).unwrap_or_default());
+        }
+        opened
     }
 
     /// After a change that failed half-way: what the disk has now is found out as after a crash, at once or before the

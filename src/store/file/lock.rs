@@ -5,9 +5,8 @@
 //! file looks at before anything else; so there is one way back for a file after an error and after a lock.
 
 use super::{FileCore, FileKeys, Inner};
-use crate::backing::{self, Access, Backing};
+use crate::backing::{Access, Backing};
 use crate::format::damage::Damage;
-use crate::format::header::SlotPair;
 use crate::format::ids::FileId;
 use crate::store::error::Result;
 use crate::store::header::{self, SLOTS_LEN};
@@ -85,9 +84,7 @@ impl<B: Backing> FileCore<B> {
     /// The keys of a file that lost them, from its header on disk: it must be the same file under the same key.
     pub(super) fn keys_again(&self, inner: &Inner<B>, was: Dropped) -> Result<Arc<FileKeys>> {
         let mut bytes = [0u8; SLOTS_LEN];
-        let n = backing::read_into(&self.shared.backing, inner.backing_file()?, &mut bytes, 0)?;
-        let pair = SlotPair::decode(bytes.get(..n).unwrap_or_default())?;
-        let header::Opened { dek, slot, .. } = header::open_dek(&self.shared, &pair)?;
+        let header::Opened { dek, slot, .. } = self.open_header(inner.backing_file()?, &mut bytes)?;
         if (Dropped { file: slot.file, commitment: slot.commitment }) != was {
             return Err(Damage::Commitment.into());
         }

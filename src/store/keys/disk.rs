@@ -4,7 +4,7 @@
 //! write is: temporary file, write, sync, read back by a new open and compare, rename over the copy, sync the folder.
 //! So at every instant at least one copy is whole, and after an update that returned no copy holds what it removed.
 
-use crate::backing::{self, Backing, RenameMode};
+use crate::backing::{self, Access, Backing, RenameMode, Timestamp};
 use crate::format::damage::Damage;
 use crate::format::keyring::{Decoded, KEYRING_MAX, Keyring};
 use crate::store::{Result, StoreError};
@@ -48,6 +48,27 @@ pub fn folder<B: Backing>(b: &B) -> Result<B::Node> {
 /// Reads both copies. An error with one copy is part of the result: the other may be whole.
 pub fn load<B: Backing>(b: &B, folder: &B::Node) -> [Found; 2] {
     COPIES.map(|name| judge(read(b, folder, name.as_bytes())))
+}
+
+/// What tells one state of a copy from another without reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    ino: u64,
+    size: u64,
+    mtime: Timestamp,
+    ctime: Timestamp,
+}
+
+/// Of both copies; `None`: it cannot be opened.
+pub type Stamps = [Option<Stamp>; 2];
+
+/// Looks at both copies. They are opened for it: over NFS, that is what asks the server.
+pub fn stamps<B: Backing>(b: &B, folder: &B::Node) -> Stamps {
+    COPIES.map(|name| {
+        let file = b.open(&b.lookup(folder, name.as_bytes()).ok()?, Access::Read).ok()?;
+        let s = b.stat_file(&file).ok()?;
+        Some(Stamp { ino: s.ino, size: s.size, mtime: s.mtime, ctime: s.ctime })
+    })
 }
 
 /// What [`read`] gave.
@@ -130,4 +151,11 @@ pub fn replace<B: Backing>(
     b.rename(folder, TEMP, folder, name.as_bytes(), RenameMode::Replace)?;
     b.sync_dir(folder)?;
     Ok(())
+}
+
+#[cfg(test)]
+impl Stamp {
+    pub fn of_tests(n: u64) -> Self {
+        Self { ino: n, size: n, mtime: Timestamp::default(), ctime: Timestamp::default() }
+    }
 }

@@ -72,9 +72,14 @@ impl Keys {
 
     /// From now on the key service's word counts: see [`super::authority`].
     pub fn supervise(&self, policy: Policy) {
+        self.look_at_service();
+        self.gate.watch(policy);
+    }
+
+    /// Finds out whether there is a service whose word counts.
+    pub(super) fn look_at_service(&self) {
         let remote = self.questions().is_some();
         self.gate.authority(|a, _| a.set_remote(remote));
-        self.gate.watch(policy);
     }
 
     /// Whether [`Keys::ask_service`] should be called. Costs nothing.
@@ -180,7 +185,7 @@ impl Keys {
     }
 
     /// Takes to hand the root keys in services that were given and not needed so far. Says whether there were any.
-    fn connect_remote_spare(&self, ring: &Keyring) -> bool {
+    pub(super) fn connect_remote_spare(&self, ring: &Keyring) -> bool {
         let local = |p: &Arc<dyn KeyProvider>| {
             // Asking for a passphrase or reading a key file is not ours to do here.
             p.describe().is_ok_and(|d| ["passphrase:", "keyfile:", "recovery:"].iter().any(|s| d.uri.starts_with(s)))
@@ -210,6 +215,8 @@ impl Keys {
     /// Drops every KEK, and by an operator's lock every root key. Waits for those that are wrapping; files' own keys
     /// are the store's to drop. Returns what tells when the last holder of a KEK has let go.
     pub(in crate::store) fn drop_keks(&self, by: LockedBy) -> Vec<Weak<KekHandle>> {
+        // Whoever is opening KEKs that somebody else has made; nobody begins that any more.
+        drop(self.renewal.lock());
         let _update = self.update.lock();
         self.gate.close(by);
         let connected = self.state.read().connected.clone();
@@ -234,7 +241,7 @@ impl Keys {
     }
 
     /// Gets the KEKs back with the first of `root` that is one of the root keys, as [`Keys::open`] does, from the
-    /// keyring in memory: nobody else can have changed the one on disk.
+    /// keyring in memory. Where somebody else may have changed the one on disk, [`Keys::renew`] comes after.
     ///
     /// # Errors
     /// As [`Keys::open`]; all is then as it was before.
@@ -278,8 +285,7 @@ impl Keys {
             let mut s = self.state.write();
             (s.connected, s.opened, s.spare) = (connected, opened, spare);
         }
-        let remote = self.questions().is_some();
-        self.gate.authority(|a, _| a.set_remote(remote));
+        self.look_at_service();
         self.gate.open();
         Ok(())
     }

@@ -208,11 +208,11 @@ pub struct Opened {
     pub unusable: HashMap<KekId, KmsError>,
 }
 
-/// Opens what can be opened of `ring`'s KEKs with `connected`, the first before the next. A provider is asked once for
+/// Opens what can be opened of `ring`'s KEKs that are `wanted` with `connected`, the first before the next. A provider is asked once for
 /// all that it may know: a store with a hundred retired KEKs must not cost a hundred calls.
-pub fn open_keks(ring: &Keyring, connected: &[Connected]) -> Opened {
+pub fn open_keks(ring: &Keyring, connected: &[Connected], wanted: impl Fn(&KekRecord) -> bool) -> Opened {
     let mut opened = Opened::default();
-    let mut left: Vec<&KekRecord> = ring.keks.iter().filter(|k| k.state != KekState::Destroyed).collect();
+    let mut left: Vec<&KekRecord> = ring.keks.iter().filter(|k| k.state != KekState::Destroyed && wanted(k)).collect();
     for c in connected {
         let (ask, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|k| wrap_for(k, c).is_some());
         left = others;

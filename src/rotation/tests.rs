@@ -8,6 +8,7 @@ mod external;
 mod floor;
 mod live;
 mod model;
+mod readers;
 mod refuse;
 mod rekey;
 mod restored;

@@ -1,7 +1,7 @@
 //! Runs that several shards share, on a simulated disk.
 
 use super::*;
-use crate::backing::sim::{PowerCut, SimOptions};
+use crate::backing::sim::{Journal as SimJournal, PowerCut, SimOptions};
 use crate::rotation::merge::merge;
 use crate::store::dek_cache::{DekCache, DekCacheLimits};
 use crate::store::shared::Shared;
@@ -15,24 +15,24 @@ fn ctx(shared: &Shared<SimDisk>) -> Context<'_, SimDisk> {
     Context { shared, moves: &NoMoves }
 }
 
-fn begin_run(disk: &SimDisk, root: &Arc<Scripted>) -> KekId {
+pub(super) fn begin_run(disk: &SimDisk, root: &Arc<Scripted>) -> KekId {
     match begin(&ctx(&shared(disk, root)), &one_job(), &(), &Control::new()).unwrap() {
         Begun::To(target) => target,
         other => panic!("{other:?}"),
     }
 }
 
-fn run_shard(disk: &SimDisk, root: &Arc<Scripted>, shard: Shard) -> crate::store::Result<Report> {
+pub(super) fn run_shard(disk: &SimDisk, root: &Arc<Scripted>, shard: Shard) -> crate::store::Result<Report> {
     let keys = Keys::open(disk, &roots(root))?;
     let shared = Shared::new(disk.clone(), keys, DekCache::new(DekCacheLimits::default()), false);
     run(&ctx(&shared), &Options { shard: Some(shard), ..one_job() }, &(), &Control::new())
 }
 
-fn merged(disk: &SimDisk, root: &Arc<Scripted>, reports: &[Report]) -> Report {
+pub(super) fn merged(disk: &SimDisk, root: &Arc<Scripted>, reports: &[Report]) -> Report {
     merge(&ctx(&shared(disk, root)), reports).unwrap()
 }
 
-fn shards(of: u32) -> Vec<Shard> {
+pub(super) fn shards(of: u32) -> Vec<Shard> {
     Shard::new(1, of).unwrap().all().collect()
 }
 
@@ -136,6 +136,59 @@ fn a_shard_can_be_killed_or_lose_power_after_every_operation() {
             assert_eq!(keks_named(&d), BTreeSet::from([target]), "{what}");
             assert_eq!(read_all(&open(d, &root)), tree, "{what}, after");
         }
+    }
+}
+
+/// After any stop, either the old KEK is not given up yet, and the merge can be run again to its end, or all is done.
+#[test]
+fn a_merge_can_be_killed_or_lose_power_after_every_operation() {
+    for journal in [SimJournal::Ordered, SimJournal::None] {
+        let (base, root) = (SimDisk::new(SimOptions { journal, ..SimOptions::default() }), Scripted::new("root"));
+        init(&base, &root);
+        let tree = fill(&open(base.clone(), &root));
+        let old = active(&shared(&base, &root).keys);
+        let target = begin_run(&base, &root);
+        let reports: Vec<Report> = shards(2).into_iter().map(|s| run_shard(&base, &root, s).unwrap()).collect();
+        // What an earlier rotation left out, which the merge takes away.
+        let sealed = SealedReport::new(&reports[0], &sealed::seal_key(shared(&base, &root).keys.secret()));
+        exceptions::keep(&base, &sealed).unwrap();
+        base.sync_all().unwrap();
+        let length = {
+            let d = base.crash_process();
+            let before = d.operations();
+            assert_eq!(merged(&d, &root, &reports).outcome, Outcome::Complete);
+            d.operations() - before
+        };
+        assert!(length > 5, "{length}");
+        let (mut not_yet, mut done) = (0, 0);
+        for n in 0..=length {
+            for cut in [None, Some(PowerCut::Lose), Some(PowerCut::Reorder { tear: true })] {
+                let d = base.crash_process();
+                d.stop_after(d.operations() + n);
+                let said = Keys::open(&d, &roots(&root)).and_then(|keys| {
+                    let shared = Shared::new(d.clone(), keys, DekCache::new(DekCacheLimits::default()), false);
+                    merge(&ctx(&shared), &reports)
+                });
+                let d = cut.map_or_else(|| d.crash_process(), |cut| d.crash_power(n, cut));
+                let what = format!("{journal:?} {cut:?} after {n} of {length}");
+                assert_eq!(read_all(&open(d.clone(), &root)), tree, "{what}");
+                let ring = shared(&d, &root).keys.snapshot();
+                assert_eq!(ring.active().unwrap().id, target, "{what}");
+                if is_unfinished(&ring) {
+                    assert!(said.is_err(), "{what}: what was said to be done is done");
+                    not_yet += 1;
+                    assert_eq!(merged(&d, &root, &reports).retired, [old], "{what}");
+                } else {
+                    done += 1;
+                    assert!(merge(&ctx(&shared(&d, &root)), &reports).is_err(), "{what}: there is nothing to merge");
+                }
+                let ring = shared(&d, &root).keys.snapshot();
+                assert!(!is_unfinished(&ring) && ring.kek(old).unwrap().unused != 0, "{what}");
+                assert!(exceptions::read(&d).unwrap().is_none(), "{what}");
+                assert_eq!(read_all(&open(d, &root)), tree, "{what}, after");
+            }
+        }
+        assert!(not_yet > 0 && done > 0, "{not_yet} {done}");
     }
 }
 

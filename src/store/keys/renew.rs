@@ -29,7 +29,7 @@ pub struct Renewal {
 }
 
 struct Reading {
-    /// The copies as they were before it; `None`: there is no relying on what was read.
+    /// The copies as they were before it; `None`: it came to nothing.
     stamps: Option<disk::Stamps>,
     at: Instant,
     /// Why what was read is not in force, if that may be another time.
@@ -108,19 +108,21 @@ impl Keys {
             }
         };
         let found = disk::candidates(disk::load(b, &folder));
-        let stamps = found.is_ok().then_some(stamps);
-        let last = renewal.last.insert(Reading { stamps, at: Instant::now(), failed: None });
+        let last = renewal.last.insert(Reading { stamps: None, at: Instant::now(), failed: None });
         let (found, _damaged) = found?;
         let Some(ring) = newer(&self.snapshot(), found, |d| roots::is_authentic(&self.secret, d)) else {
+            last.stamps = Some(stamps);
             return Ok(false);
         };
         let opened = self.open_new(&ring);
         if let Some(e) = fault(&ring, &opened.unusable) {
             tracing::warn!(generation = ring.generation, "the keyring was changed elsewhere, and a KEK does not open: {e}");
-            last.failed = Some(e.clone());
+            (last.stamps, last.failed) = (Some(stamps), Some(e.clone()));
             return Err(e.into());
         }
-        self.take_over(ring, opened)
+        self.take_over(ring, opened)?;
+        last.stamps = Some(stamps);
+        Ok(true)
     }
 
     /// Opens those KEKs of `ring` that are not open here.
@@ -137,7 +139,7 @@ impl Keys {
         try_all()
     }
 
-    fn take_over(&self, ring: Keyring, new: Opened) -> Result<bool> {
+    fn take_over(&self, ring: Keyring, new: Opened) -> Result<()> {
         let _update = self.update.lock();
         if self.gate.phase() != Phase::Open {
             return Err(StoreError::KeysLocked);
@@ -166,7 +168,7 @@ impl Keys {
         }
         self.look_at_service();
         tracing::info!(generation, active = %id, "took over the keyring, which was changed elsewhere");
-        Ok(true)
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 mod ending;
 mod recovery;
 mod refresh;
+mod renew;
 mod transfer;
 
 use super::*;

@@ -80,8 +80,12 @@ impl Place {
             return Ok(None);
         }
         let owner = self.mount.as_ref().and_then(mounts::Mount::owner).unwrap_or_else(process::uid);
-        let mountpoint = self.mount.as_ref().map(|m| m.mountpoint.as_path());
-        match Connection::to_store(self.keyring.store, owner, mountpoint) {
+        let found = match self.mount.as_ref().map(|m| m.mountpoint.as_path()) {
+            // Another mount that shares the store does not stand in for one whose daemon has died.
+            Some(at) if mounts::is_dead(at) => Connection::to_mount(self.keyring.store, owner, at),
+            at => Connection::to_store(self.keyring.store, owner, at),
+        };
+        match found {
             Ok(c) => Ok(Some(c)),
             Err(f) if f.kind == FaultKind::Daemon => {
                 // Says who, as far as it is known. Free by now: then nobody has it.

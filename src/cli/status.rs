@@ -156,15 +156,14 @@ pub(super) fn ask(place: &Place) -> Result<Option<DaemonStatus>, Fault> {
             Reply::Status(s) => Ok(Some(*s)),
             _ => Err(Fault::new(FaultKind::Daemon, "the daemon gave another answer than was asked for")),
         },
-        Ok(None) => match dead {
+        Err(f) if f.kind != FaultKind::Locked => Err(f),
+        Ok(None) | Err(_) => match dead {
             Some(m) => {
                 let text = format!("the daemon of the mount at {} has died", m.mountpoint.display());
                 Err(Fault::new(FaultKind::DeadMount, text).about(&m.mountpoint))
             }
             None => Ok(None),
         },
-        Err(f) if f.kind == FaultKind::Locked => Ok(None),
-        Err(f) => Err(f),
     }
 }
 

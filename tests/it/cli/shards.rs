@@ -3,12 +3,19 @@
 use super::support::{Bench, can_mount, wait_for};
 use serde_json::Value;
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Output};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 /// An unmounted store with names in clear and `n` files, named by numbers, some of them in a directory.
 fn with_files(n: usize) -> Bench {
+    with_files_under("sealed", n)
+}
+
+/// The same with its KEK of this kind.
+fn with_files_under(kek: &str, n: usize) -> Bench {
     let b = Bench::new();
-    b.ok("init back --key keyfile:DIR/key --plaintext-names");
+    b.ok(&format!("init back --key keyfile:DIR/key --plaintext-names --kek {kek}"));
     b.ok("mount back mnt");
     fs::create_dir(b.path("mnt/d")).unwrap();
     for i in 0..n {
@@ -217,4 +224,144 @@ fn only_genuine_reports_of_this_rotation_are_merged() {
     ] {
         refused(&b, line, 2, &[says]);
     }
+}
+
+/// That file `i` of [`with_files`] is there below `at`.
+#[track_caller]
+fn is_whole(at: &Path, i: usize) {
+    let dir = if i % 3 == 0 { at.join("d") } else { at.to_path_buf() };
+    assert_eq!(fs::read_to_string(dir.join(i.to_string())).unwrap(), i.to_string(), "{i} at {}", at.display());
+}
+
+/// A store mounted read-only twice; the first of the two remembers no key of a file.
+fn read_twice(b: &Bench) {
+    fs::create_dir(b.path("mnt2")).unwrap();
+    fs::write(b.path("c.toml"), "[defaults.dek_cache]\nentries = 0\n").unwrap();
+    b.ok("mount back mnt --read-only --config DIR/c.toml");
+    b.ok("mount back mnt2 --read-only");
+}
+
+fn readers_go_on(kek: &str) {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files_under(kek, 300);
+    read_twice(&b);
+    // The second half is opened for the first time when all is over.
+    let (over, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|s| {
+        for at in ["mnt", "mnt2"] {
+            let (at, over, rounds) = (b.path(at), &over, &rounds);
+            s.spawn(move || {
+                while !over.load(SeqCst) {
+                    (0..150).for_each(|i| is_whole(&at, i));
+                    rounds.fetch_add(1, SeqCst);
+                }
+            });
+        }
+        // Whatever fails here, the readers end.
+        struct Over<'a>(&'a AtomicBool);
+        impl Drop for Over<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, SeqCst);
+            }
+        }
+        let _over = Over(&over);
+        let running: Vec<Child> = (1..=3).map(|k| b.spawn(&format!("rotate back --shard {k}/3 --rate 100"))).collect();
+        wait_for("the shards", || !b.json("rotate mnt2 --status --json")["shards_at_work"].as_array().unwrap().is_empty());
+        for c in running {
+            let o = ended(c);
+            assert_eq!(o.status.code(), Some(0), "{}", b.masked(&o.stderr));
+        }
+        // Somebody has the store, and yet nobody rotates it.
+        refused(&b, "rotate back --status", 9, &["shards    3 of 3 done", "rotate --merge ends it"]);
+        let all = b.json("rotate back --merge --json");
+        assert_eq!((&all["outcome"], &all["sweep"]["rewrapped"]), (&"complete".into(), &300.into()));
+        let before = rounds.load(SeqCst);
+        wait_for("another round of each", || rounds.load(SeqCst) >= before + 4);
+    });
+    assert!(!unfinished(&b));
+    for at in ["mnt", "mnt2"] {
+        (0..300).for_each(|i| is_whole(&b.path(at), i));
+    }
+    // What the old KEK is needed for can be said only when nobody else has the store.
+    let ring = b.json("key list back --json");
+    let old = ring["keks"].as_array().unwrap().iter().find(|k| k["state"] == "retired").unwrap()["id"].clone();
+    let destroy = format!("key destroy back {} --yes", old.as_str().unwrap());
+    refused(&b, &destroy, 1, &["store is mounted read-only"]);
+    b.ok("unmount mnt");
+    refused(&b, &destroy, 1, &["store is mounted read-only"]);
+    b.ok("unmount mnt2");
+    assert_eq!(fs::read_dir(b.path("run")).unwrap().count(), 0, "sockets");
+    b.ok(&destroy);
+    b.ok("mount back mnt --read-only");
+    (0..300).for_each(|i| is_whole(&b.path("mnt"), i));
+}
+
+#[test]
+fn read_only_mounts_go_on_while_shards_and_the_merge_run() {
+    readers_go_on("sealed");
+}
+
+#[test]
+fn read_only_mounts_go_on_under_external_keks() {
+    readers_go_on("external");
+}
+
+#[test]
+fn read_only_mounts_share_a_store_with_each_other_and_with_shards_and_with_nobody_else() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(20);
+    read_twice(&b);
+    let shared = "is in use by read-only mounts or shards of a rotation (the last to come: pid ";
+    fs::create_dir(b.path("mnt3")).unwrap();
+    refused(&b, "mount back mnt3", 7, &[shared, "for read only mount)"]);
+    refused(&b, "mount back mnt2 --read-only", 11, &["is mounted at DIR/mnt2 already"]);
+    let instead = "rotate --shard 1/1 (or K/N on each of N machines) and then rotate --merge do the same";
+    for line in ["rotate back", "rotate mnt", "rotate back --detach", "rotate back --export DIR/copy"] {
+        refused(&b, line, 7, &["store is mounted read-only at DIR/mnt", instead]);
+    }
+    assert!(!b.path("copy").exists());
+    b.ok("rotate mnt --dry-run");
+    refused(&b, "key refresh back", 1, &["store is mounted read-only"]);
+    // Each mount has a daemon of its own.
+    for at in ["mnt", "mnt2"] {
+        let s = b.json(&format!("status {at} --json"));
+        assert_eq!(s["mountpoint"], b.path(at).display().to_string());
+        assert_eq!((&s["daemon"]["read_only"], &s["other_mountpoints"]), (&true.into(), &Value::Array(vec![])));
+    }
+    let s = b.json("status back --json");
+    assert_eq!(s["mountpoint"], b.path("mnt2").display().to_string());
+    assert_eq!(s["other_mountpoints"], serde_json::json!([b.path("mnt").display().to_string()]));
+    refused(&b, "lock back", 2, &["is mounted at DIR/mnt2 and DIR/mnt, each with keys of its own: name the mount point"]);
+    b.ok("lock mnt2");
+    assert_eq!(fs::read(b.path("mnt2/1")).unwrap_err().raw_os_error(), Some(libc::ENOKEY));
+    is_whole(&b.path("mnt"), 1);
+    // What was changed while the keys were locked is known afterwards.
+    b.ok("rotate back --shard 1/1");
+    b.ok("rotate mnt --merge");
+    assert!(!unfinished(&b));
+    b.ok("unlock mnt2 --key keyfile:DIR/key");
+    is_whole(&b.path("mnt2"), 1);
+    is_whole(&b.path("mnt2"), 2);
+    b.ok("rotate mnt2 --dry-run");
+    // One that dies does not take the other with it, nor does it keep it from being found.
+    let pid = b.json("status mnt2 --json")["daemon"]["pid"].as_i64().unwrap();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    wait_for("its end", || b.run("status mnt2").status.code() == Some(15));
+    is_whole(&b.path("mnt"), 3);
+    b.ok("status mnt");
+    b.ok("mount back mnt2 --read-only");
+    is_whole(&b.path("mnt2"), 3);
+    b.ok("unmount mnt");
+    refused(&b, "mount back mnt", 7, &[shared]);
+    b.ok("unmount mnt2");
+    b.ok("mount back mnt");
+    refused(&b, "mount back mnt2 --read-only", 7, &["is in use by another process (pid PID for mount)"]);
+    refused(&b, "rotate back --shard 1/1", 7, &["is in use by another process (pid PID for mount)"]);
+    b.ok("unmount mnt");
+    b.ok("mount back mnt2 --read-only");
 }

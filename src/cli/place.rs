@@ -80,10 +80,14 @@ impl Place {
             return Ok(None);
         }
         let owner = self.mount.as_ref().and_then(mounts::Mount::owner).unwrap_or_else(process::uid);
+        let store = self.keyring.store;
         let found = match self.mount.as_ref().map(|m| m.mountpoint.as_path()) {
-            // Another mount that shares the store does not stand in for one whose daemon has died.
-            Some(at) if mounts::is_dead(at) => Connection::to_mount(self.keyring.store, owner, at),
-            at => Connection::to_store(self.keyring.store, owner, at),
+            None => Connection::to_store(store, owner),
+            Some(at) => match Connection::to_mount(store, owner, at) {
+                // A bind mount, or moved. But another mount does not stand in for one whose daemon has died.
+                Err(f) if f.kind == FaultKind::Daemon && !mounts::is_dead(at) => Connection::to_store(store, owner),
+                found => found,
+            },
         };
         match found {
             Ok(c) => Ok(Some(c)),

@@ -140,7 +140,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, Fault> {
 
 /// The daemon that has the report's store mounted.
 fn daemon_of(r: &Report) -> Result<Connection, Fault> {
-    Connection::to_store(r.store, process::uid(), None).map_err(|f| match f.kind {
+    Connection::to_store(r.store, process::uid()).map_err(|f| match f.kind {
         FaultKind::Daemon => where_is(r),
         _ => f,
     })

@@ -25,8 +25,7 @@ fn none(store: StoreId) -> Fault {
 fn first_alive(paths: impl Iterator<Item = PathBuf>, owner: u32) -> Option<Result<Connection, Fault>> {
     let mut dead = None;
     // A place we may not look into may hold one: connecting then tells why not.
-    let there =
-        |p: &PathBuf| !matches!(std::fs::symlink_metadata(p), Err(e) if e.kind() == io::ErrorKind::NotFound);
+    let there = |p: &PathBuf| !matches!(std::fs::symlink_metadata(p), Err(e) if e.kind() == io::ErrorKind::NotFound);
     for p in paths.filter(there) {
         match Connection::open(&p, owner) {
             Err(f) if f.kind == FaultKind::Daemon => dead = dead.or(Some(Err(f))),
@@ -70,19 +69,14 @@ impl Connection {
         first_alive(shared.chain(alone), owner).unwrap_or_else(|| Err(none(store)))
     }
 
-    /// Connects to the daemon of `store`, run by `owner`: the one that has it mounted at `mountpoint`, if that is known and it
-    /// can be found so, or the one that has it at all.
+    /// Connects to the daemon of `store`, run by `owner`, wherever it has it mounted.
     ///
     /// # Errors
     /// As [`Connection::to_mount`]; [`FaultKind::Usage`] if there are several.
-    pub fn to_store(store: StoreId, owner: u32, mountpoint: Option<&Path>) -> Result<Self, Fault> {
+    pub fn to_store(store: StoreId, owner: u32) -> Result<Self, Fault> {
         let places = runtime_dir::candidates(owner);
-        let known = match mountpoint {
-            Some(m) => Self::to_mount(store, owner, m),
-            None => first_alive(places.iter().map(|d| runtime_dir::socket_path(d, store)), owner)
-                .unwrap_or_else(|| Err(none(store))),
-        };
-        match known {
+        let alone = first_alive(places.iter().map(|d| runtime_dir::socket_path(d, store)), owner);
+        match alone.unwrap_or_else(|| Err(none(store))) {
             Err(f) if f.kind == FaultKind::Daemon => {
                 let paths = places.iter().flat_map(|d| runtime_dir::shared_sockets(d, store));
                 let mut alive = paths.filter_map(|p| Self::open(&p, owner).ok());
@@ -95,7 +89,7 @@ impl Connection {
                     (None, _) => Err(f),
                 }
             }
-            known => known,
+            alone => alone,
         }
     }
 

@@ -271,7 +271,8 @@ mod tests {
     #[test]
     fn read_only_mounts_shards_and_a_merge_have_the_store_together() {
         let d = store();
-        let (one, other) = (VolumeLock::share(d.path(), "mount").unwrap(), VolumeLock::share(d.path(), "mount").unwrap());
+        let (one, other) =
+            (VolumeLock::share(d.path(), "mount").unwrap(), VolumeLock::share(d.path(), "mount").unwrap());
         let shards = (take(&d, "1/2").unwrap(), take(&d, "2/2").unwrap());
         refused(VolumeLock::take(d.path(), "rotate"), "is in use by read-only mounts or shards");
         drop(shards);

@@ -116,7 +116,10 @@ impl Keys {
         };
         let opened = self.open_new(&ring);
         if let Some(e) = fault(&ring, &opened.unusable) {
-            tracing::warn!(generation = ring.generation, "the keyring was changed elsewhere, and a KEK does not open: {e}");
+            tracing::warn!(
+                generation = ring.generation,
+                "the keyring was changed elsewhere, and a KEK does not open: {e}"
+            );
             (last.stamps, last.failed) = (Some(stamps), Some(e.clone()));
             return Err(e.into());
         }

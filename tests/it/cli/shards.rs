@@ -268,7 +268,9 @@ fn readers_go_on(kek: &str) {
         }
         let _over = Over(&over);
         let running: Vec<Child> = (1..=3).map(|k| b.spawn(&format!("rotate back --shard {k}/3 --rate 100"))).collect();
-        wait_for("the shards", || !b.json("rotate mnt2 --status --json")["shards_at_work"].as_array().unwrap().is_empty());
+        wait_for("the shards", || {
+            !b.json("rotate mnt2 --status --json")["shards_at_work"].as_array().unwrap().is_empty()
+        });
         for c in running {
             let o = ended(c);
             assert_eq!(o.status.code(), Some(0), "{}", b.masked(&o.stderr));
@@ -335,7 +337,12 @@ fn read_only_mounts_share_a_store_with_each_other_and_with_shards_and_with_nobod
     let s = b.json("status back --json");
     assert_eq!(s["mountpoint"], b.path("mnt2").display().to_string());
     assert_eq!(s["other_mountpoints"], serde_json::json!([b.path("mnt").display().to_string()]));
-    refused(&b, "lock back", 2, &["is mounted at DIR/mnt2 and DIR/mnt, each with keys of its own: name the mount point"]);
+    refused(
+        &b,
+        "lock back",
+        2,
+        &["is mounted at DIR/mnt2 and DIR/mnt, each with keys of its own: name the mount point"],
+    );
     b.ok("lock mnt2");
     assert_eq!(fs::read(b.path("mnt2/1")).unwrap_err().raw_os_error(), Some(libc::ENOKEY));
     is_whole(&b.path("mnt"), 1);
@@ -364,4 +371,22 @@ fn read_only_mounts_share_a_store_with_each_other_and_with_shards_and_with_nobod
     refused(&b, "rotate back --shard 1/1", 7, &["is in use by another process (pid PID for mount)"]);
     b.ok("unmount mnt");
     b.ok("mount back mnt2 --read-only");
+}
+
+#[test]
+fn a_read_only_mount_takes_note_of_a_rotation_also_if_nobody_opens_a_file() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(3);
+    fs::write(b.path("c.toml"), "[defaults]\nrefresh = 1\n").unwrap();
+    b.ok("mount back mnt --read-only --log-file DIR/log --config DIR/c.toml");
+    b.ok("rotate back --shard 1/1");
+    b.ok("rotate back --merge");
+    let generation = format!("generation={} ", b.json("key list back --json")["generation"]);
+    wait_for("the last keyring", || {
+        let log = fs::read_to_string(b.path("log")).unwrap();
+        log.lines().any(|l| l.contains("took over the keyring") && l.contains(&generation))
+    });
+    is_whole(&b.path("mnt"), 1);
 }

@@ -125,7 +125,8 @@ fn keks_that_nobody_made_do_not_keep_it_reading() {
     }
     assert_eq!((reads.load(Ordering::Relaxed), s.count(Call::Unwrap)), (COPIES.len(), asked + 1));
     // One that may be written is nobody else's to change.
-    let shared = Shared::new(disk.clone(), open(&disk, &[&s]).unwrap(), DekCache::new(DekCacheLimits::default()), false);
+    let shared =
+        Shared::new(disk.clone(), open(&disk, &[&s]).unwrap(), DekCache::new(DekCacheLimits::default()), false);
     let before = reads.load(Ordering::Relaxed);
     assert!(shared.kek(KekId::random()).is_err());
     shared.renew_keys();

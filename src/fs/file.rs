@@ -197,19 +197,19 @@ impl<B: Backing> EnvelopeFs<B> {
         Some(self.handles.get(handle)?.file.core().file_id()?.to_string())
     }
 
-    /// Whether opening a file, or giving one its first byte, is a call to a key service.
-    pub fn calls_a_service(&self) -> bool {
-        self.store.calls_a_service()
+    /// Whether opening a file, or giving one its first byte, may wait for keys.
+    pub fn open_may_wait(&self) -> bool {
+        self.store.open_may_wait()
     }
 
-    /// Whether reading may wait for a key service, if only for another request that does.
+    /// Whether reading may wait for keys, if only for another request that does.
     pub fn read_may_wait(&self, handle: u64) -> bool {
-        self.calls_a_service() && self.handles.get(handle).is_some_and(|h| h.file.core().read_may_wait())
+        self.open_may_wait() && self.handles.get(handle).is_some_and(|h| h.file.core().read_may_wait())
     }
 
-    /// Whether writing may wait for a key service, if only for another request that does.
+    /// Whether writing may wait for keys, if only for another request that does.
     pub fn write_may_wait(&self, handle: u64) -> bool {
-        self.calls_a_service() && self.handles.get(handle).is_some_and(|h| h.file.core().write_may_wait())
+        self.open_may_wait() && self.handles.get(handle).is_some_and(|h| h.file.core().write_may_wait())
     }
 
     /// Runs a user's call, and lets background work know how long it took.

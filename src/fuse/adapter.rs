@@ -69,7 +69,7 @@ impl<B: Backing> Adapter<B> {
         run_on(&self.fs, operation, node, None, f)
     }
 
-    /// Runs a request to its reply: here, or aside if it may wait for a key service.
+    /// Runs a request to its reply: here, or aside if it may wait for keys.
     fn serve(&self, may_wait: bool, request: impl FnOnce() + Send + 'static) {
         if may_wait { self.aside.run(request) } else { request() }
     }
@@ -248,7 +248,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
             handle: handle.map(|h| h.0),
         };
         let (fs, caller, usual) = (Arc::clone(&self.fs), caller(r), self.ttl);
-        self.serve(size.is_some() && fs.calls_a_service(), move || {
+        self.serve(size.is_some() && fs.open_may_wait(), move || {
             match run_on(&fs, "setattr", node, handle, || fs.set_attr(&caller, node.0, &change)) {
                 Ok(a) => reply.attr(&ttl(&fs, usual), &file_attr(node.0, &a)),
                 Err(e) => reply.error(e),
@@ -314,7 +314,7 @@ impl<B: Backing> Filesystem for Adapter<B> {
 
     fn open(&self, r: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let (fs, caller) = (Arc::clone(&self.fs), caller(r));
-        self.serve(fs.calls_a_service(), move || {
+        self.serve(fs.open_may_wait(), move || {
             match run_on(&fs, "open", node, None, || fs.open(&caller, node.0, flags.0)) {
                 // Nobody changes the file but through this kernel, so what it has cached stays right.
                 Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE),

@@ -1,7 +1,8 @@
 //! Requests that may wait for a key service, on threads of their own: those that serve the kernel are few, and a service
 //! that hangs must not keep them from answering stat, ls, or the reads of files that are open.
 //!
-//! Only stores whose KEK is a key in a service (kind external) ever need this.
+//! Only stores whose KEK is a key in a service (kind external) ever need this, and those that are only read: they may have to
+//! open a KEK that somebody else has made since.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -98,9 +98,10 @@ impl<B: Backing> Store<B> {
         self.shared().keys.pool().clear();
     }
 
-    /// Whether opening a file, or giving one its first byte, is a call to a key service.
-    pub fn calls_a_service(&self) -> bool {
-        self.shared().keys.calls_a_service()
+    /// Whether opening a file, or giving one its first byte, may wait: for a key service, or in a store that is only read for
+    /// the keyring to be read again.
+    pub fn open_may_wait(&self) -> bool {
+        self.shared().read_only || self.shared().keys.calls_a_service()
     }
 
     /// Whether reads, opens and new writes are turned away.

@@ -647,6 +647,7 @@ fn a_store_opened_read_only_is_locked_and_unlocked_without_a_write() {
     let n = store.lookup(&store.root(), b"f").unwrap().0;
     let f = store.open_file(&n, Access::Read).unwrap();
     assert_eq!(all(&f).unwrap(), [5; 10_000]);
+    assert!(store.open_may_wait() && !rig.store.open_may_wait(), "for a KEK that somebody else has made");
     store.lock_keys(LockedBy::Operator).unwrap();
     locked(all(&f));
     assert_eq!(store.unlock_keys(&roots(&[&rig.service])).unwrap().restored, 1);

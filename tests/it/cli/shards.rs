@@ -229,7 +229,7 @@ fn only_genuine_reports_of_this_rotation_are_merged() {
 /// That file `i` of [`with_files`] is there below `at`.
 #[track_caller]
 fn is_whole(at: &Path, i: usize) {
-    let dir = if i % 3 == 0 { at.join("d") } else { at.to_path_buf() };
+    let dir = if i.is_multiple_of(3) { at.join("d") } else { at.to_path_buf() };
     assert_eq!(fs::read_to_string(dir.join(i.to_string())).unwrap(), i.to_string(), "{i} at {}", at.display());
 }
 

@@ -58,7 +58,11 @@ impl Writer {
         let fail = |what: &str, e: &io::Error| match e.kind() {
             io::ErrorKind::WouldBlock => Fault::new(
                 FaultKind::Locked,
-                format!("audit log {} is being written by another process", path.display()),
+                format!(
+                    "audit log {} is being written by another process: name another one for this (audit_log in a file for \
+                     --config)",
+                    path.display()
+                ),
             ),
             _ => Fault::io(what, path, e),
         };

@@ -390,3 +390,27 @@ fn a_read_only_mount_takes_note_of_a_rotation_also_if_nobody_opens_a_file() {
     });
     is_whole(&b.path("mnt"), 1);
 }
+
+#[test]
+fn a_shard_beside_a_read_only_mount_writes_an_audit_log_of_its_own() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(5);
+    for n in ["mount", "shard"] {
+        let log = b.path(&format!("{n}.audit"));
+        fs::write(b.path(&format!("{n}.toml")), format!("[defaults]\naudit_log = {log:?}\n")).unwrap();
+    }
+    b.ok("mount back mnt --read-only --config DIR/mount.toml");
+    let says = ["audit log DIR/mount.audit is being written by another process: name another one for this"];
+    refused(&b, "rotate back --shard 1/1 --config DIR/mount.toml", 7, &says);
+    assert!(!unfinished(&b), "before anything was begun");
+    b.ok("rotate back --shard 1/1 --config DIR/shard.toml");
+    b.ok("rotate back --merge --config DIR/shard.toml");
+    let active = b.json("key list back --json")["keks"].as_array().unwrap()[1]["id"].as_str().unwrap().to_owned();
+    is_whole(&b.path("mnt"), 1);
+    b.ok("unmount mnt");
+    b.ok("audit verify DIR/mount.audit");
+    b.ok("audit verify DIR/shard.audit");
+    assert!(fs::read_to_string(b.path("mount.audit")).unwrap().contains(&active), "who opened a file under it");
+}

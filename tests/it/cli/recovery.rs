@@ -13,7 +13,7 @@ const USED: &str = "envelopefs: the store was opened with its recovery key: repl
 
 /// The recovery key in what was printed, which must stand in its frame.
 #[track_caller]
-fn printed(out: &str) -> String {
+pub fn printed(out: &str) -> String {
     let (_, rest) = out.split_once(BEFORE).unwrap_or_else(|| panic!("{out}"));
     let (key, end) = rest.split_at(69);
     assert_eq!(end, AFTER);

@@ -3,7 +3,7 @@
 use super::support::{Bench, can_mount, wait_for};
 use serde_json::Value;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Output};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
@@ -16,15 +16,29 @@ fn with_files(n: usize) -> Bench {
 fn with_files_under(kek: &str, n: usize) -> Bench {
     let b = Bench::new();
     b.ok(&format!("init back --key keyfile:DIR/key --plaintext-names --kek {kek}"));
-    b.ok("mount back mnt");
+    fill(&b, n, "");
+    b
+}
+
+/// Makes the files, through a mount with these options.
+fn fill(b: &Bench, n: usize, options: &str) {
+    b.ok(&format!("mount back mnt {options}"));
     fs::create_dir(b.path("mnt/d")).unwrap();
-    for i in 0..n {
-        let dir = if i % 3 == 0 { "mnt/d" } else { "mnt" };
-        fs::write(b.path(dir).join(i.to_string()), i.to_string()).unwrap();
-    }
+    (0..n).for_each(|i| fs::write(file(&b.path("mnt"), i), i.to_string()).unwrap());
     fs::hard_link(b.path("mnt/d/0"), b.path("mnt/another name")).unwrap();
     b.ok("unmount mnt");
-    b
+}
+
+/// The path of file `i` below `at`.
+fn file(at: &Path, i: usize) -> PathBuf {
+    let dir = if i.is_multiple_of(3) { at.join("d") } else { at.to_path_buf() };
+    dir.join(i.to_string())
+}
+
+/// That file `i` is there below `at`.
+#[track_caller]
+fn is_whole(at: &Path, i: usize) {
+    assert_eq!(fs::read_to_string(file(at, i)).unwrap(), i.to_string(), "{i} at {}", at.display());
 }
 
 fn ended(c: Child) -> Output {
@@ -226,13 +240,6 @@ fn only_genuine_reports_of_this_rotation_are_merged() {
     }
 }
 
-/// That file `i` of [`with_files`] is there below `at`.
-#[track_caller]
-fn is_whole(at: &Path, i: usize) {
-    let dir = if i.is_multiple_of(3) { at.join("d") } else { at.to_path_buf() };
-    assert_eq!(fs::read_to_string(dir.join(i.to_string())).unwrap(), i.to_string(), "{i} at {}", at.display());
-}
-
 /// A store mounted read-only twice; the first of the two remembers no key of a file.
 fn read_twice(b: &Bench) {
     fs::create_dir(b.path("mnt2")).unwrap();
@@ -413,4 +420,28 @@ fn a_shard_beside_a_read_only_mount_writes_an_audit_log_of_its_own() {
     b.ok("audit verify DIR/mount.audit");
     b.ok("audit verify DIR/shard.audit");
     assert!(fs::read_to_string(b.path("mount.audit")).unwrap().contains(&active), "who opened a file under it");
+}
+
+/// A daemon cannot ask for a passphrase: what it was opened with opens the KEKs that come, too.
+#[test]
+fn a_read_only_mount_opens_a_new_kek_with_the_passphrase_or_recovery_key_it_was_opened_with() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    fs::write(b.path("phrase"), "correct horse battery staple\n").unwrap();
+    b.chmod("phrase", 0o600);
+    let out = b.ok("init back --key passphrase: --passphrase-file DIR/phrase --plaintext-names --recovery-key");
+    fs::write(b.path("paper"), super::recovery::printed(&out)).unwrap();
+    fill(&b, 4, "--passphrase-file DIR/phrase");
+    b.ok("mount back mnt --read-only --passphrase-file DIR/phrase");
+    fs::create_dir(b.path("mnt2")).unwrap();
+    b.ok("mount back mnt2 --read-only --recovery-file DIR/paper");
+    fs::remove_file(b.path("paper")).unwrap();
+    fs::rename(b.path("phrase"), b.path("again")).unwrap();
+    b.ok("rotate back --shard 1/1 --passphrase-file DIR/again");
+    b.ok("rotate back --merge --passphrase-file DIR/again");
+    for at in ["mnt", "mnt2"] {
+        (0..4).for_each(|i| is_whole(&b.path(at), i));
+    }
 }

@@ -61,10 +61,11 @@ fn with_bits<T>(nodes: &[BorrowedFd<'_>], bits: u32, mut call: impl FnMut() -> i
     PASSING.fetch_add(1, Ordering::SeqCst);
     // Declared after the lock, hence dropped before it: the modes are back before anyone may look.
     let mut added = Added::default();
+    let mut may_help = false;
     for node in nodes {
-        added.add(*node, bits)?;
+        may_help |= added.add(*node, bits)?;
     }
-    if added.to.is_empty() { Err(refused) } else { call() }
+    if may_help { call() } else { Err(refused) }
 }
 
 /// Bits that are to be taken away again.
@@ -74,17 +75,19 @@ struct Added<'a> {
 }
 
 impl<'a> Added<'a> {
-    fn add(&mut self, node: BorrowedFd<'a>, bits: u32) -> io::Result<()> {
+    /// Adds what is missing of `bits`. Says whether the owner has them now: also if they are there by now because another
+    /// process, a shard of a rotation or a read-only mount, has added them for a call of its own.
+    fn add(&mut self, node: BorrowedFd<'a>, bits: u32) -> io::Result<bool> {
         let stat = rustix::fs::fstat(node)?;
         let mode = stat.st_mode & 0o7777;
         let missing = bits & !mode;
         let ours = stat.st_uid == rustix::process::geteuid().as_raw();
         if missing == 0 || !ours || !keeps_setgid(mode, stat.st_gid)? {
-            return Ok(());
+            return Ok(missing == 0 && ours);
         }
         chmod(node, mode | missing)?;
         self.to.push((node, missing));
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -113,4 +116,32 @@ fn keeps_setgid(mode: u32, gid: u32) -> io::Result<bool> {
 
 fn chmod(node: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
     Ok(rustix::fs::chmod(ProcPath::of(node).as_c_str(), Mode::from_raw_mode(mode))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn bits_that_another_process_has_added_meanwhile_are_used() {
+        let file = tempfile::tempfile().unwrap();
+        chmod(file.as_fd(), 0o200).unwrap();
+        let mut n = 0;
+        let r = of_file(file.as_fd(), || {
+            n += 1;
+            // Refused, and open by the time that it is looked why.
+            chmod(file.as_fd(), 0o600).unwrap();
+            if n == 1 { Err(io::Error::from_raw_os_error(libc::EACCES)) } else { Ok(()) }
+        });
+        assert!(r.is_ok() && n == 2);
+        let mode = rustix::fs::fstat(&file).unwrap().st_mode;
+        assert_eq!(mode & 0o777, 0o600, "they are not ours to take away");
+        let mut n = 0;
+        let r: io::Result<()> = of_file(file.as_fd(), || {
+            n += 1;
+            Err(io::Error::from_raw_os_error(libc::EACCES))
+        });
+        assert_eq!((n, r.unwrap_err().raw_os_error()), (2, Some(libc::EACCES)), "once more, and no more");
+    }
 }

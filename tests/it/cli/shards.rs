@@ -274,7 +274,7 @@ fn readers_go_on(kek: &str) {
             }
         }
         let _over = Over(&over);
-        let running: Vec<Child> = (1..=3).map(|k| b.spawn(&format!("rotate back --shard {k}/3 --rate 100"))).collect();
+        let running: Vec<Child> = (1..=3).map(|k| b.spawn(&format!("rotate back --shard {k}/3 --rate 40"))).collect();
         wait_for("the shards", || {
             !b.json("rotate mnt2 --status --json")["shards_at_work"].as_array().unwrap().is_empty()
         });

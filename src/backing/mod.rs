@@ -228,13 +228,28 @@ pub fn write_new<B: Backing>(b: &B, folder: &B::Node, name: &[u8], bytes: &[u8])
 /// # Errors
 /// The backing directory's; `name` is as it was, unless the error came after the rename.
 pub fn replace_whole<B: Backing>(b: &B, folder: &B::Node, temp: &[u8], name: &[u8], bytes: &[u8]) -> io::Result<()> {
-    let ready = write_new(b, folder, temp, bytes);
-    if let Err(e) = ready.and_then(|()| b.rename(folder, temp, folder, name, RenameMode::Replace)) {
+    replace_checked(b, folder, temp, name, bytes, || Ok(()))
+}
+
+/// As [`replace_whole`], if `check` finds nothing wrong with `temp`, which is durable by then but for its name.
+///
+/// # Errors
+/// As [`replace_whole`], and `check`'s.
+pub fn replace_checked<B: Backing, E: From<io::Error>>(
+    b: &B,
+    folder: &B::Node,
+    temp: &[u8],
+    name: &[u8],
+    bytes: &[u8],
+    check: impl FnOnce() -> Result<(), E>,
+) -> Result<(), E> {
+    let ready = write_new(b, folder, temp, bytes).map_err(E::from).and_then(|()| check());
+    if let Err(e) = ready.and_then(|()| Ok(b.rename(folder, temp, folder, name, RenameMode::Replace)?)) {
         // Best effort: one that is left behind goes with the next write.
         let _ = b.unlink(folder, temp);
         return Err(e);
     }
-    b.sync_dir(folder)
+    Ok(b.sync_dir(folder)?)
 }
 
 /// The content of a file; `None` if it is longer than `longest` bytes.

@@ -134,22 +134,6 @@ impl SimDisk {
         self.state().faults.is_stopped()
     }
 
-    /// After `after` more operations `op` (any counted operation if `None`), the next one fails with `errno` and does
-    /// nothing.
-    pub fn fail_next(&self, op: Option<Op>, after: u64, errno: i32) {
-        self.state().faults.fail(op, after, errno, false);
-    }
-
-    /// As [`Self::fail_next`], and all that follow it, until [`Self::clear_faults`].
-    pub fn fail_from(&self, op: Option<Op>, after: u64, errno: i32) {
-        self.state().faults.fail(op, after, errno, true);
-    }
-
-    /// Takes back [`Self::fail_next`] and [`Self::fail_from`].
-    pub fn clear_faults(&self) {
-        self.state().faults.clear();
-    }
-
     /// The disk after the process died: everything written so far. What was not durable still is not.
     pub fn crash_process(&self) -> SimDisk {
         Self::of(self.state().for_another_process())
@@ -332,7 +316,8 @@ impl Backing for SimDisk {
 
     fn create(&self, dir: &SimNode, name: &[u8], mode: u32, umask: u32) -> io::Result<(SimNode, SimFile)> {
         let mut state = self.begin(Op::Create, &[dir])?;
-        let ino = state.make(dir.ino, name, &New { kind: Kind::File, mode, umask, rdev: 0, target: b"" })?;
+        let made = state.make(dir.ino, name, &New { kind: Kind::File, mode, umask, rdev: 0, target: b"" });
+        let ino = state.faults.ended(made)?;
         let file = SimFile { node: self.node(&state, ino)?, access: Access::ReadWrite };
         Ok((self.node(&state, ino)?, file))
     }
@@ -373,7 +358,9 @@ impl Backing for SimDisk {
     }
 
     fn unlink(&self, dir: &SimNode, name: &[u8]) -> io::Result<()> {
-        self.begin(Op::Unlink, &[dir])?.remove(dir.ino, name, false)
+        let mut state = self.begin(Op::Unlink, &[dir])?;
+        let removed = state.remove(dir.ino, name, false);
+        state.faults.ended(removed)
     }
 
     fn rmdir(&self, dir: &SimNode, name: &[u8]) -> io::Result<()> {
@@ -388,7 +375,9 @@ impl Backing for SimDisk {
         to_name: &[u8],
         mode: RenameMode,
     ) -> io::Result<()> {
-        self.begin(Op::Rename, &[from, to])?.rename((from.ino, from_name), (to.ino, to_name), mode)
+        let mut state = self.begin(Op::Rename, &[from, to])?;
+        let renamed = state.rename((from.ino, from_name), (to.ino, to_name), mode);
+        state.faults.ended(renamed)
     }
 
     fn set_mode(&self, node: &SimNode, mode: u32) -> io::Result<()> {
@@ -478,7 +467,9 @@ impl Backing for SimDisk {
     }
 
     fn sync_dir(&self, dir: &SimNode) -> io::Result<()> {
-        self.begin(Op::SyncDir, &[dir])?.sync_dir(dir.ino)
+        let mut state = self.begin(Op::SyncDir, &[dir])?;
+        let synced = state.sync_dir(dir.ino);
+        state.faults.ended(synced)
     }
 
     fn sync_all(&self) -> io::Result<()> {
@@ -523,7 +514,8 @@ impl Backing for SimDisk {
         }
         state.clock += 1;
         let done = write_pages(&mut state, ino, data, offset)?;
-        if done < data.len() { Err(errno(libc::ENOSPC)) } else { Ok(()) }
+        let written = if done < data.len() { Err(errno(libc::ENOSPC)) } else { Ok(()) };
+        state.faults.ended(written)
     }
 
     fn truncate(&self, file: &SimFile, size: u64) -> io::Result<()> {
@@ -574,7 +566,11 @@ impl Backing for SimDisk {
     }
 
     fn sync_file(&self, file: &SimFile) -> io::Result<()> {
-        self.begin(Op::SyncFile, &[&file.node])?.sync_file(file.node.ino)?;
+        {
+            let mut state = self.begin(Op::SyncFile, &[&file.node])?;
+            let synced = state.sync_file(file.node.ino);
+            state.faults.ended(synced)?;
+        }
         self.shared.hooked.call(Moment::Synced(Op::SyncFile));
         Ok(())
     }

@@ -64,6 +64,9 @@ pub enum StoreError {
     /// A KEK or root key operation that the key's state forbids; says why.
     #[error("{0}")]
     KeyState(String),
+    /// A change of the keyring is in force, but a copy from before it is left on disk; says what to do.
+    #[error("{0}")]
+    CopyLeft(String),
 }
 
 impl StoreError {
@@ -80,6 +83,7 @@ impl StoreError {
             Self::Locked(_) => "locked",
             Self::KeysLocked => "keys-locked",
             Self::KeyState(_) => "key-state",
+            Self::CopyLeft(_) => "keyring-copy-old",
             _ => "other",
         };
         code.to_owned()

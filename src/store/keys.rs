@@ -1,7 +1,7 @@
 //! The opened keyring: KEKs and the store secret in memory, and every change of it on disk.
 //!
-//! A change is made to a copy of the keyring, written over both copies on disk (see [`disk`]), and only then taken over
-//! in memory: an error leaves the previous keyring in force. What a root key has just wrapped is trusted only after it
+//! A change is made to a copy of the keyring, written over both copies on disk (see [`disk`]), and taken over in memory
+//! as soon as it is in force there (see [`commit`]): an error leaves the previous keyring in force. What a root key has just wrapped is trusted only after it
 //! was read back from disk and unwrapped by an independent call to the same value. No error of a provider changes
 //! anything.
 //!
@@ -10,6 +10,7 @@
 
 pub mod authority;
 mod change;
+mod commit;
 mod disk;
 mod ending;
 mod floor;
@@ -50,6 +51,7 @@ use crate::format::lifecycle::LifeCycle;
 use crate::kms::event::Observer;
 use crate::kms::{KeyProvider, recovery};
 use crate::store::{Result, StoreError};
+use commit::Left;
 use gate::Gate;
 use parking_lot::{Mutex, RwLock};
 use roots::{Connected, Object, Opened};
@@ -90,6 +92,8 @@ pub struct Keys {
     /// KEKs that are to be destroyed and under which a file was opened since. Taken after `state`, never before.
     uses: Mutex<HashSet<KekId>>,
     gate: Arc<Gate>,
+    /// A copy on disk that is not the keyring in force, as far as is known.
+    left: Mutex<Option<Left>>,
     damaged: Vec<BadCopy>,
     passed_over: Vec<PassedOver>,
     /// Who is told what becomes of keys.
@@ -228,24 +232,33 @@ impl Keys {
     /// authentic counts; [`Keys::damaged_copies`] tells of the other.
     ///
     /// # Errors
-    /// [`StoreError::NotAStore`]; [`StoreError::WrongKey`] if every root key given answered and none is right;
-    /// [`StoreError::Kms`] if one did not answer, or the active KEK does not open; [`Damage::KeyringUnreadable`],
+    /// [`StoreError::NotAStore`]; [`StoreError::WrongKey`] if every root key given answered and none is right, or is right
+    /// for the older copy only: it was removed since; [`StoreError::Kms`] if one did not answer, or the active KEK does not open; [`Damage::KeyringUnreadable`],
     /// [`Damage::KeyringMac`], [`Damage::UnsupportedVersion`], [`Damage::UnsupportedFeature`].
     pub fn open<B: Backing>(b: &B, root: &[Arc<dyn KeyProvider>]) -> Result<Self> {
-        let (candidates, mut damaged) = disk::candidates(disk::load(b, &disk::folder(b)?))?;
-        let mut first_error = None;
+        let found = disk::load(b, &disk::folder(b)?);
+        let generations = found.each_ref().map(disk::Found::generation);
+        let (candidates, mut damaged) = disk::candidates(found)?;
+        let (mut first_error, mut newer) = (None, Vec::new());
         for d in candidates {
             match roots::unlock(&d, root) {
+                // The newer copy is genuine, and these root keys are none of its any more.
+                Ok((secret, ..)) if newer.iter().any(|n| roots::is_authentic(&secret, n)) => break,
                 Ok((secret, c, passed_over)) => {
                     report(&damaged);
+                    let old = COPIES.into_iter().zip(generations).find(|(_, g)| *g != Some(d.keyring.generation));
+                    let left = Mutex::new(old.map(|(copy, _)| Left::new(copy, "it is damaged or old")));
                     let keys = Self::open_with(d.keyring, secret, c, root)?;
-                    return Ok(Self { damaged, passed_over, ..keys });
+                    return Ok(Self { damaged, passed_over, left, ..keys });
                 }
                 Err(StoreError::Damage(e)) => {
                     damaged.push(("a keyring copy", e.clone()));
                     first_error = first_error.or(Some(StoreError::Damage(e)));
                 }
-                Err(e @ StoreError::WrongKey(_)) => first_error = first_error.or(Some(e)),
+                Err(e @ StoreError::WrongKey(_)) => {
+                    first_error = first_error.or(Some(e));
+                    newer.push(d);
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -283,6 +296,7 @@ impl Keys {
             renewal: Mutex::default(),
             uses: Mutex::default(),
             gate,
+            left: Mutex::default(),
             damaged: Vec::new(),
             passed_over: Vec::new(),
             observer: OnceLock::new(),

@@ -1,5 +1,6 @@
 //! Stopping after an operation, and failing chosen ones.
 
+use super::SimDisk;
 use std::io;
 
 /// An operation of [`Backing`](crate::backing::Backing), for choosing which one fails.
@@ -53,6 +54,11 @@ impl Op {
                 | Op::NextData
         )
     }
+
+    /// Whether it can be done and yet be told as failed.
+    fn fails_late(self) -> bool {
+        matches!(self, Op::Create | Op::Unlink | Op::Rename | Op::Write | Op::SyncFile | Op::SyncDir)
+    }
 }
 
 /// What every operation fails with once the disk has stopped. Nothing else gives this error.
@@ -71,6 +77,8 @@ struct Fault {
     after: u64,
     errno: i32,
     for_ever: bool,
+    /// The operation is done, if it is one of those that [`Op::fails_late`] names.
+    late: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -79,6 +87,8 @@ pub(super) struct Faults {
     stop_after: Option<u64>,
     stopped: bool,
     faults: Vec<Fault>,
+    /// What the operation under way will be told to have failed with.
+    late: Option<i32>,
 }
 
 /// An operation that is not to be done.
@@ -102,7 +112,11 @@ impl Faults {
     }
 
     pub(super) fn fail(&mut self, op: Option<Op>, after: u64, errno: i32, for_ever: bool) {
-        self.faults.push(Fault { op, after, errno, for_ever });
+        self.faults.push(Fault { op, after, errno, for_ever, late: false });
+    }
+
+    pub(super) fn fail_late(&mut self, op: Option<Op>, after: u64, errno: i32) {
+        self.faults.push(Fault { op, after, errno, for_ever: false, late: true });
     }
 
     pub(super) fn clear(&mut self) {
@@ -127,12 +141,47 @@ impl Faults {
                 fault.after -= 1;
                 return true;
             }
-            failure = failure.or(Some(fault.errno));
+            match fault.late && op.fails_late() {
+                true => self.late = Some(fault.errno),
+                false => failure = failure.or(Some(fault.errno)),
+            }
             fault.for_ever
         });
         match failure {
             Some(code) => Err(Refused { error: io::Error::from_raw_os_error(code), just_stopped: false }),
             None => Ok(()),
         }
+    }
+
+    /// What is told of the operation that [`Faults::admit`] let through and that ended with `done`.
+    pub(super) fn ended<T>(&mut self, done: io::Result<T>) -> io::Result<T> {
+        match self.late.take() {
+            Some(code) => done.and(Err(io::Error::from_raw_os_error(code))),
+            None => done,
+        }
+    }
+}
+
+impl SimDisk {
+    /// After `after` more operations `op` (any counted operation if `None`), the next one fails with `errno` and does
+    /// nothing.
+    pub fn fail_next(&self, op: Option<Op>, after: u64, errno: i32) {
+        self.state().faults.fail(op, after, errno, false);
+    }
+
+    /// As [`Self::fail_next`], and all that follow it, until [`Self::clear_faults`].
+    pub fn fail_from(&self, op: Option<Op>, after: u64, errno: i32) {
+        self.state().faults.fail(op, after, errno, true);
+    }
+
+    /// As [`Self::fail_next`], but the operation is done, if it is one that makes, writes, renames, removes or syncs a file
+    /// or syncs a directory: whoever asked for it is told that it failed, as by a file server that was heard too late.
+    pub fn fail_next_late(&self, op: Option<Op>, after: u64, errno: i32) {
+        self.state().faults.fail_late(op, after, errno);
+    }
+
+    /// Takes back [`Self::fail_next`], [`Self::fail_next_late`] and [`Self::fail_from`].
+    pub fn clear_faults(&self) {
+        self.state().faults.clear();
     }
 }

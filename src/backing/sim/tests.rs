@@ -302,6 +302,32 @@ fn chosen_operations_fail() {
 }
 
 #[test]
+fn an_operation_can_be_done_and_told_as_failed() {
+    let (disk, root) = disk(Journal::Ordered);
+    let file = make(&disk, b"f", b"x");
+    let fails = |r: io::Result<()>| assert_eq!(r.unwrap_err().raw_os_error(), Some(libc::EIO));
+    let late = |op| disk.fail_next_late(Some(op), 0, libc::EIO);
+    late(Op::Write);
+    fails(disk.write_at(&file, b"y", 0));
+    late(Op::SyncFile);
+    fails(disk.sync_file(&file));
+    late(Op::Rename);
+    fails(disk.rename(&root, b"f", &root, b"g", RenameMode::Replace));
+    late(Op::SyncDir);
+    fails(disk.sync_dir(&root));
+    assert_eq!(disk.crash_power(0, PowerCut::Lose).read_raw("g").unwrap(), b"y");
+    late(Op::Unlink);
+    fails(disk.unlink(&root, b"g"));
+    late(Op::Create);
+    fails(disk.create(&root, b"h", 0o600, 0).map(drop));
+    assert_eq!(disk.paths().into_iter().map(|(p, _)| p).collect::<Vec<_>>(), [b"h"]);
+    // Others fail before.
+    late(Op::Truncate);
+    fails(disk.truncate(&file, 0));
+    assert_eq!(disk.stat_file(&file).unwrap().size, 1);
+}
+
+#[test]
 fn the_same_seed_gives_the_same_disk() {
     let (disk, _) = disk(Journal::Ordered);
     let files: Vec<_> = (b'a'..b'k').map(|name| make(&disk, &[name], &page(name))).collect();

@@ -2,10 +2,7 @@
 
 use super::gate::Phase;
 use super::roots::{self, Connected, Object};
-use super::{
-    COPIES, Confirmation, Keys, Proof, disk, encode, ending, new_handle, now, pending, prove, refuse,
-    refuse_recovery_beside_external,
-};
+use super::{Confirmation, Keys, Proof, ending, new_handle, now, pending, refuse, refuse_recovery_beside_external};
 use crate::backing::Backing;
 use crate::crypto::secret::Secret32;
 use crate::format::damage::Damage;
@@ -69,10 +66,9 @@ impl Keys {
         let mut proofs: Vec<Proof<'_>> = targets.iter().map(|c| (c.clone(), object, handle.key())).collect();
         proofs.extend(refreshed.iter().map(|c| (c.clone(), Object::Secret, self.secret().secret())));
         added.iter().for_each(|c| proofs.extend(self.everything(c, &live)));
-        let ring = self.commit(b, ring, &proofs)?;
+        self.adopt(b, ring, &proofs)?;
         drop(proofs);
         let mut s = self.state.write();
-        s.ring = ring;
         s.opened.handles.insert(handle.id(), handle.clone());
         targets.into_iter().filter(|c| !c.wraps_only()).for_each(|c| connect(&mut s.connected, c));
         drop(s);
@@ -109,13 +105,12 @@ impl Keys {
             }
         }
         let mut active = self.active.write();
-        let ring = self.commit(b, ring, &[])?;
+        self.adopt(b, ring, &[])?;
         active.set_may_wrap(false);
         handle.set_may_wrap(true);
         self.gate.activated(handle.kind());
         let old = std::mem::replace(&mut *active, handle);
         self.pool().clear();
-        self.state.write().ring = ring;
         drop(active);
         self.tell_kek(old.id(), KekChange::Retired);
         self.tell_kek(id, KekChange::Activated);
@@ -147,10 +142,13 @@ impl Keys {
     /// forgotten here. What only it can open is lost. Its record stays, so that such a file can be told. On a KEK that
     /// is destroyed already, makes sure of the copies again.
     ///
+    /// If one of the copies cannot be replaced, the KEK is destroyed and forgotten all the same, for that cannot be taken
+    /// back, but this is an error until another call has got rid of that copy.
+    ///
     /// The file system below may keep the replaced copies' blocks (free space, snapshots, backups, journals).
     ///
     /// # Errors
-    /// As [`Keys::check_destroy`], and the backing directory's.
+    /// As [`Keys::check_destroy`], and the backing directory's; [`StoreError::CopyLeft`].
     pub fn destroy<B: Backing>(&self, b: &B, id: KekId, confirmed: &Confirmation) -> Result<()> {
         self.end(b, id, |ring| check_destroy(ring, id, confirmed))
     }
@@ -158,7 +156,8 @@ impl Keys {
     /// As [`Keys::destroy`], because its schedule says so.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if it is not scheduled (any more), or the time has not come; the backing directory's.
+    /// [`StoreError::KeyState`] if it is not scheduled (any more), or the time has not come; the backing directory's;
+    /// [`StoreError::CopyLeft`], and [`Keys::destroy`] then goes on.
     pub fn destroy_scheduled<B: Backing>(&self, b: &B, id: KekId) -> Result<()> {
         self.end(b, id, |ring| ending::may_end(ring, id))
     }
@@ -183,6 +182,7 @@ impl Keys {
         if is_news {
             self.tell_kek(id, KekChange::Destroyed);
         }
+        self.settle(b, &format!("KEK {id} is destroyed"))?;
         for name in super::kept(b).unwrap_or_default() {
             tracing::warn!(kek = %id, "the replaced keyring .envelopefs/{name} may still hold this KEK: remove it");
         }
@@ -251,16 +251,21 @@ impl Keys {
     }
 
     /// Removes the root key `id`: nothing it wrapped is in the keyring any more. Before that, another root key at
-    /// hand must unwrap the store secret and every KEK that is not destroyed.
+    /// hand must unwrap the store secret and every KEK that is not destroyed. Of one that is removed already, makes sure
+    /// that no copy on disk has it.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if it is not a root key, the last one that is no recovery key, the provider of an external
+    /// [`StoreError::CopyLeft`]; [`StoreError::KeyState`] if it is not a root key, the last one that is no recovery key, the provider of an external
     /// KEK, needed for the quorum, or no other root key at hand opens everything.
     pub fn remove_root_key<B: Backing>(&self, b: &B, id: RootKeyId) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
+        let done = format!("root key {id} is removed");
         let Some(uri) = ring.root(id).map(|r| r.uri.clone()) else {
-            return refuse(format!("{id} is not a root key of this store"));
+            return match self.copy_is_left() {
+                true => self.settle(b, &done),
+                false => refuse(format!("{id} is not a root key of this store")),
+            };
         };
         if ring.roots.len() == 1 {
             return refuse("this is the last root key: add another one first");
@@ -298,7 +303,7 @@ impl Keys {
         self.adopt(b, ring, &self.everything(heir, &live))?;
         self.state.write().connected.retain(|c| c.id != id);
         self.tell(&Change::RootKey { id: id.0, uri: &uri, added: false });
-        Ok(())
+        self.settle(b, &done)
     }
 
     /// Tells of a root key that was added.
@@ -323,22 +328,6 @@ impl Keys {
         let id = c.id;
         connect(&mut self.state.write().connected, c);
         Ok(id)
-    }
-
-    /// Makes both copies on disk whole and equal again if they are not. Says whether anything was to do.
-    ///
-    /// # Errors
-    /// The backing directory's.
-    pub fn repair_copies<B: Backing>(&self, b: &B) -> Result<bool> {
-        let _update = self.update.lock();
-        let ring = self.to_change()?;
-        let found = disk::load(b, &disk::folder(b)?);
-        let whole = |f: &disk::Found| matches!(f, disk::Found::Valid(d) if roots::is_authentic(&self.secret, d) && d.keyring == ring);
-        if found.iter().all(whole) {
-            return Ok(false);
-        }
-        self.adopt(b, ring, &[])?;
-        Ok(true)
     }
 
     /// A copy of the keyring in force, if this program may change it.
@@ -444,31 +433,6 @@ impl Keys {
             added.push(c);
         }
         Ok((all, added))
-    }
-
-    pub(super) fn adopt<B: Backing>(&self, b: &B, ring: Keyring, proofs: &[Proof<'_>]) -> Result<()> {
-        let ring = self.commit(b, ring, proofs)?;
-        self.state.write().ring = ring;
-        Ok(())
-    }
-
-    /// Writes `ring` with the next generation over both copies. Until the first is durable, with every proof held
-    /// against what was read back, the keyring before is in force on disk; memory is the caller's.
-    pub(super) fn commit<B: Backing>(&self, b: &B, mut ring: Keyring, proofs: &[Proof<'_>]) -> Result<Keyring> {
-        let folder = disk::folder(b)?;
-        let on_disk = disk::load(b, &folder).map(|f| match f {
-            disk::Found::Valid(d) if roots::is_authentic(&self.secret, &d) => Some(d.keyring.generation),
-            _ => None,
-        });
-        // An update that failed half-way may have left a higher generation than the one in force here.
-        let highest = on_disk.iter().flatten().copied().fold(ring.generation, u64::max);
-        ring.generation = highest.checked_add(1).ok_or_else(|| StoreError::KeyState("no generation is left".into()))?;
-        let bytes = encode(&ring, &self.secret)?;
-        let [a, z] = COPIES;
-        let [first, second] = if on_disk.first() < on_disk.last() { [a, z] } else { [z, a] };
-        disk::replace(b, &folder, first, &bytes, |back| prove(back, proofs))?;
-        disk::replace(b, &folder, second, &bytes, |_| Ok(()))?;
-        Ok(ring)
     }
 }
 

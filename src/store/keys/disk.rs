@@ -4,7 +4,7 @@
 //! write is: temporary file, write, sync, read back by a new open and compare, rename over the copy, sync the folder.
 //! So at every instant at least one copy is whole, and after an update that returned no copy holds what it removed.
 
-use crate::backing::{self, Access, Backing, RenameMode, Timestamp};
+use crate::backing::{self, Access, Backing, Timestamp};
 use crate::format::damage::Damage;
 use crate::format::keyring::{Decoded, KEYRING_MAX, Keyring};
 use crate::store::{Result, StoreError};
@@ -27,6 +27,16 @@ pub enum Found {
     Unreadable(io::Error),
     Damaged(Damage),
     Valid(Box<Decoded>),
+}
+
+impl Found {
+    /// Generation of a valid copy. Nothing is known yet of whether it is authentic.
+    pub fn generation(&self) -> Option<u64> {
+        match self {
+            Self::Valid(d) => Some(d.keyring.generation),
+            _ => None,
+        }
+    }
 }
 
 /// Whether there is nothing.
@@ -136,21 +146,13 @@ pub fn replace<B: Backing>(
     bytes: &[u8],
     check: impl FnOnce(&[u8]) -> Result<()>,
 ) -> Result<()> {
-    let ready = backing::write_new(b, folder, TEMP, bytes).map_err(StoreError::from).and_then(|()| {
+    backing::replace_checked(b, folder, TEMP, name.as_bytes(), bytes, || {
         let back = read(b, folder, TEMP)?.unwrap_or_default();
         if back != bytes {
             return Err(Damage::KeyringUnreadable.into());
         }
         check(&back)
-    });
-    if let Err(e) = ready {
-        // Best effort: a temporary file left behind is removed by the next update.
-        let _ = b.unlink(folder, TEMP);
-        return Err(e);
-    }
-    b.rename(folder, TEMP, folder, name.as_bytes(), RenameMode::Replace)?;
-    b.sync_dir(folder)?;
-    Ok(())
+    })
 }
 
 #[cfg(test)]

@@ -8,13 +8,16 @@ use crate::format::keyring::KekState;
 use crate::kms::event::{Change, StoreChange};
 use crate::store::Result;
 
+const DONE: &str = "the floor is set";
+
 impl Keys {
     /// Opens no file under a KEK older than `floor` from now on; `None`: under any. Open files go on, and headers can
     /// still be moved ([`Keys::kek_to_move`]).
     ///
     /// # Errors
     /// [`Damage::KekUnknown`]; [`crate::store::StoreError::KeyState`] if `floor` is neither active nor retired, for then
-    /// the active KEK would be below it or the trial about nothing; the backing directory's.
+    /// the active KEK would be below it or the trial about nothing; the backing directory's;
+    /// [`crate::store::StoreError::CopyLeft`].
     pub fn set_floor<B: Backing>(&self, b: &B, floor: Option<KekId>) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
@@ -30,13 +33,13 @@ impl Keys {
             }
         }
         if ring.life.floor == floor {
-            return Ok(());
+            return self.settle(b, DONE);
         }
         ring.life.floor = floor;
         self.adopt(b, ring, &[])?;
         let about = floor.map_or_else(|| "none".to_owned(), |id| id.to_string());
         self.tell(&Change::Store { change: StoreChange::Floor, about: &about });
-        Ok(())
+        self.settle(b, DONE)
     }
 
     /// Whether files may be opened under `id`, as far as the floor goes.

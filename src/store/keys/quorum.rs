@@ -104,20 +104,21 @@ impl Keys {
     /// this. As many must confirm this as it was before and as it will be, so that it can be met.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if too few have confirmed; the backing directory's.
+    /// [`StoreError::KeyState`] if too few have confirmed; the backing directory's; [`StoreError::CopyLeft`].
     pub fn set_quorum<B: Backing>(&self, b: &B, quorum: u8, confirmed: &Confirmation) -> Result<()> {
         let _update = self.update.lock();
         let mut ring = self.to_change()?;
         if !(1..=ROOTS_MAX).contains(&quorum.into()) {
             return refuse(format!("a quorum is 1 to {ROOTS_MAX} root keys"));
         }
+        let done = "the quorum is set";
         if ring.life.required() == quorum {
-            return Ok(());
+            return self.settle(b, done);
         }
         confirmed.suffices(quorum.max(ring.life.required()))?;
         ring.life.quorum = if quorum == 1 { 0 } else { quorum };
         self.adopt(b, ring, &[])?;
         self.tell(&Change::Store { change: StoreChange::Quorum, about: &format!("{quorum} root keys") });
-        Ok(())
+        self.settle(b, done)
     }
 }

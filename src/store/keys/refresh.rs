@@ -58,13 +58,18 @@ impl Keys {
     /// was; the others go on. With `dry_run` only looks.
     ///
     /// # Errors
-    /// [`StoreError::KeyState`] if this program may not change the keyring; the backing directory's. What was moved until
-    /// then stays moved.
+    /// [`StoreError::KeyState`] if this program may not change the keyring; the backing directory's;
+    /// [`StoreError::CopyLeft`]. What was moved until then stays moved.
     pub fn refresh<B: Backing>(&self, b: &B, dry_run: bool) -> Result<Vec<RefreshedRoot>> {
         let _update = self.update.lock();
         let ring = if dry_run { self.snapshot() } else { self.to_change()? };
         let silent = self.connect_some(&ring, has_versions);
-        ring.roots.iter().map(|r| self.refresh_root(b, r, dry_run, &silent)).collect()
+        let refreshed = ring.roots.iter().map(|r| self.refresh_root(b, r, dry_run, &silent)).collect::<Result<_>>()?;
+        if !dry_run {
+            // Or somebody retires a version that the one whole copy needs some day.
+            self.settle(b, "what root keys wrap is moved")?;
+        }
+        Ok(refreshed)
     }
 
     fn refresh_root<B: Backing>(
@@ -116,9 +121,7 @@ impl Keys {
         if due.contains(&Object::Secret) {
             proofs.push((c.clone(), Object::Secret, self.secret().secret()));
         }
-        let ring = self.commit(b, ring.clone(), &proofs)?;
-        self.state.write().ring = ring;
-        Ok(())
+        self.adopt(b, ring.clone(), &proofs)
     }
 
     /// Moves the store secret's wraps in `ring` by `roots` that are due, so that a rotation leaves nothing that needs an

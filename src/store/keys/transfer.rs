@@ -126,8 +126,7 @@ impl Keys {
             kept.extend(keep(b, &folder, name)?);
         }
         let proofs: [Proof<'_>; 1] = [(first, roots::Object::Secret, keys.secret.secret())];
-        let ring = keys.commit(b, ring, &proofs)?;
-        keys.state.write().ring = ring;
+        keys.adopt(b, ring, &proofs)?;
         Ok(Imported { keys, generation, kept })
     }
 

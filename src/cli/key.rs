@@ -10,6 +10,7 @@ use crate::daemon::observed::Observed;
 use crate::daemon::open;
 use crate::daemon::protocol::{RefreshReport, Reply, Request, RootRefresh};
 use crate::format::ids::RootKeyId;
+use crate::format::keyring::Keyring;
 use crate::kms::{self, ConnectOptions, KeyProvider, guard};
 use crate::rotation::When;
 use crate::store::StoreError;
@@ -186,10 +187,16 @@ pub fn opened(place: &Place, old: &OpenKeys) -> Result<(VolumeLock, Observed, Ke
     Ok((lock, observed, keys))
 }
 
-/// The root key named by its id or its URI.
+/// The root key named by its id or its URI: one of the keyring in force, or else of the older copy, in which a removal
+/// that did not get to its end has left it.
 fn find(place: &Place, which: &str) -> Result<RootKeyId, Fault> {
-    let same: Vec<RootKeyId> =
-        place.keyring.roots.iter().filter(|r| r.id.to_string() == which || r.uri == which).map(|r| r.id).collect();
+    let named = |ring: &Keyring| -> Vec<RootKeyId> {
+        ring.roots.iter().filter(|r| r.id.to_string() == which || r.uri == which).map(|r| r.id).collect()
+    };
+    let mut same = named(&place.keyring);
+    if same.is_empty() {
+        same = Keys::read_older_copy(&place.posix).iter().flat_map(named).collect();
+    }
     match same.as_slice() {
         [one] => Ok(*one),
         [] => Err(Fault::new(FaultKind::RootKey, format!("{which} is not a root key of {}", place.backing.display()))),

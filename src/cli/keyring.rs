@@ -13,7 +13,7 @@ use crate::format::ids::StoreId;
 use crate::format::keyring::{KEYRING_MAX, KekRecord, KekState, Keyring};
 use crate::kms::ConnectOptions;
 use crate::kms::event::StoreChange;
-use crate::rotation::Staged;
+use crate::rotation::{Staged, shares};
 use crate::store::keys::{Exported, FOLDER, Keys};
 use rustix::fs::RenameFlags;
 use serde::Serialize;
@@ -148,10 +148,14 @@ impl ExportFile {
 
     fn failed(&self, e: &io::Error) -> Fault {
         match e.kind() {
-            io::ErrorKind::AlreadyExists => Fault::new(
-                FaultKind::Other,
-                format!("{} is there already; nothing was written; --force replaces it", self.file.display()),
-            ),
+            io::ErrorKind::AlreadyExists => {
+                let why = match self.replace {
+                    // `rotate` has no --force: that would replace a KEK's last copy, too, by a slip.
+                    Replace::Copy => ", and is no copy of this store's keyring; nothing was written; name another file",
+                    Replace::Nothing | Replace::Anything => " already; nothing was written; --force replaces it",
+                };
+                Fault::new(FaultKind::Other, format!("{} is there{why}", self.file.display()))
+            }
             _ => Fault::io("write", &self.file, e),
         }
     }
@@ -261,7 +265,7 @@ pub fn import(backing: &Path, file: &Path, force: bool, json: bool, old: &OpenKe
     let recovery = root_keys::recovery_source(&old.recovery);
     let connect = ConnectOptions { recovery, ..root_keys::connect_with(&old.access, &config) };
     let roots = open::root_keys(&old.open_keys, &ring, &observed.connect(&connect))?;
-    let done = Keys::import(&b, &bytes, &roots, force)
+    let done = Keys::import(&b, &bytes, &roots, force, shares::forget)
         .map_err(|e| Fault::store(backing, &e))
         .inspect_err(|f| observed.refused(StoreChange::KeyringImport.as_str(), backing, f))?;
     observed.opened(&done.keys);

@@ -4,6 +4,9 @@
 //! noting that it was used, and in the end a scan of every header and its destruction, as `key destroy` does it. The scan
 //! gives way to a rotation, and to users as every scan does. One that fails, because a header needs the KEK or a file cannot
 //! be looked at, destroys nothing, and is made again an hour later.
+//!
+//! The same look finds a copy of the keyring that an update which was cut short, or an error, left as it was before, and
+//! replaces it: it holds what was removed since, and if the other one is lost it knows nothing of the newest KEK.
 
 use super::fault::{Fault, FaultKind};
 use super::job::Job;
@@ -12,7 +15,8 @@ use crate::backing::Backing;
 use crate::format::ids::KekId;
 use crate::rotation::{self, Fate, When};
 use crate::store::Store;
-use crate::store::keys::Confirmation;
+use crate::store::keys::{Confirmation, Phase};
+use crate::store::shared::Shared;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,7 +27,7 @@ use std::time::{Duration, Instant};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// After an attempt that failed.
 const AGAIN_AFTER: Duration = Duration::from_secs(3600);
-/// After one that met a rotation or another scan.
+/// After one that met a rotation or another scan, or a copy of the keyring that could not be replaced.
 const BUSY_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// The thread that looks.
@@ -37,9 +41,15 @@ impl Endings {
     pub fn start<B: Backing>(store: Arc<Store<B>>, job: Arc<Job>, backing: PathBuf) -> Self {
         let (stop, stopped) = channel();
         let work = move || {
-            let mut put_off = HashMap::new();
+            let (mut put_off, mut mend_after) = (HashMap::new(), Instant::now());
             while stopped.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+                if store.shared().read_only {
+                    continue;
+                }
                 look(&store, &job, &backing, &mut put_off);
+                if mend_after <= Instant::now() && !mend(store.shared()) {
+                    mend_after = Instant::now() + BUSY_AGAIN_AFTER;
+                }
             }
         };
         let thread = std::thread::Builder::new().name("endings".into()).spawn(work);
@@ -58,9 +68,6 @@ impl Endings {
 
 fn look<B: Backing>(store: &Store<B>, job: &Job, backing: &std::path::Path, put_off: &mut HashMap<KekId, Instant>) {
     let shared = store.shared();
-    if shared.read_only {
-        return;
-    }
     put_off.retain(|_, until| *until > Instant::now());
     for kek in shared.keys.endings_due() {
         if put_off.contains_key(&kek) {
@@ -87,4 +94,16 @@ fn look<B: Backing>(store: &Store<B>, job: &Job, backing: &std::path::Path, put_
         };
         put_off.insert(kek, Instant::now() + wait);
     }
+}
+
+/// Replaces the copy of the keyring that is not as it should be, if there is one. Says no if it is to be tried later.
+fn mend<B: Backing>(shared: &Shared<B>) -> bool {
+    if !shared.keys.copy_is_left() || shared.keys.phase() != Phase::Open {
+        return true;
+    }
+    match shared.keys.mend_copies(&shared.backing) {
+        Ok(_) => tracing::info!("both copies of the keyring are whole and equal again"),
+        Err(e) => tracing::warn!("{e}"),
+    }
+    !shared.keys.copy_is_left()
 }

@@ -8,7 +8,7 @@ use super::journal;
 use super::report::Report;
 use super::sealed::{LONGEST, SealedReport};
 use crate::backing::{self, Backing};
-use crate::store::walk::is_gone;
+use crate::store::walk::unless_gone;
 use std::io;
 
 /// Path in the backing directory.
@@ -30,10 +30,9 @@ pub(super) fn keep<B: Backing>(b: &B, report: &SealedReport) -> io::Result<()> {
 /// The backing directory's.
 pub(super) fn forget<B: Backing>(b: &B) -> io::Result<()> {
     let Some(folder) = journal::folder(b)? else { return Ok(()) };
-    match b.unlink(&folder, FILE) {
-        Ok(()) => b.sync_dir(&folder),
-        Err(e) if is_gone(&e) => Ok(()),
-        Err(e) => Err(e),
+    match unless_gone(b.unlink(&folder, FILE))? {
+        Some(()) => b.sync_dir(&folder),
+        None => Ok(()),
     }
 }
 
@@ -44,9 +43,6 @@ pub(super) fn forget<B: Backing>(b: &B) -> io::Result<()> {
 /// The backing directory's.
 pub fn read<B: Backing>(b: &B) -> io::Result<Option<Report>> {
     let Some(folder) = journal::folder(b)? else { return Ok(None) };
-    match backing::read_whole(b, &folder, FILE, LONGEST) {
-        Ok(bytes) => Ok(bytes.and_then(|b| SealedReport::from_file(&b)).map(|(report, _)| report)),
-        Err(e) if is_gone(&e) => Ok(None),
-        Err(e) => Err(e),
-    }
+    let bytes = unless_gone(backing::read_whole(b, &folder, FILE, LONGEST))?.flatten();
+    Ok(bytes.and_then(|b| SealedReport::from_file(&b)).map(|(report, _)| report))
 }

@@ -12,7 +12,7 @@ use crate::crypto::secret::Secret32;
 use crate::format::ids::KekId;
 use crate::format::names::STORE_DIR;
 use crate::store::keys::Keys;
-use crate::store::walk::is_gone;
+use crate::store::walk::unless_gone;
 use std::io;
 
 const FOLDER: &[u8] = b"rotation";
@@ -64,15 +64,12 @@ impl<'a, B: Backing> Journal<'a, B> {
     /// The journal open for writing; made, durably, if it is not there.
     fn create(&self) -> io::Result<B::File> {
         let folder = make_folder(self.backing)?;
-        match self.backing.lookup(&folder, &self.name) {
-            Ok(node) => self.backing.open(&node, Access::ReadWrite),
-            Err(e) if is_gone(&e) => {
-                let (_, file) = self.backing.create(&folder, &self.name, 0o600, 0)?;
-                self.backing.sync_dir(&folder)?;
-                Ok(file)
-            }
-            Err(e) => Err(e),
+        if let Some(node) = unless_gone(self.backing.lookup(&folder, &self.name))? {
+            return self.backing.open(&node, Access::ReadWrite);
         }
+        let (_, file) = self.backing.create(&folder, &self.name, 0o600, 0)?;
+        self.backing.sync_dir(&folder)?;
+        Ok(file)
     }
 }
 
@@ -94,11 +91,7 @@ pub fn last_noted<B: Backing>(b: &B, shard: Option<Shard>) -> io::Result<Option<
 
 /// The folder for what rotations keep; `None` if there is none.
 pub(super) fn folder<B: Backing>(b: &B) -> io::Result<Option<B::Node>> {
-    match b.lookup(&b.root()?, STORE_DIR).and_then(|d| b.lookup(&d, FOLDER)) {
-        Ok(node) => Ok(Some(node)),
-        Err(e) if is_gone(&e) => Ok(None),
-        Err(e) => Err(e),
-    }
+    unless_gone(b.lookup(&b.root()?, STORE_DIR).and_then(|d| b.lookup(&d, FOLDER)))
 }
 
 /// The same; made, durably, if it is not there.
@@ -119,11 +112,10 @@ pub(super) fn make_folder<B: Backing>(b: &B) -> io::Result<B::Node> {
 /// The journal open for reading only, so that a dry run writes nothing.
 fn find<B: Backing>(b: &B, name: &[u8]) -> io::Result<Option<B::File>> {
     let Some(folder) = folder(b)? else { return Ok(None) };
-    match b.lookup(&folder, name) {
-        Ok(node) if b.stat(&node)?.kind == Kind::File => b.open(&node, Access::Read).map(Some),
-        Ok(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-        Err(e) if is_gone(&e) => Ok(None),
-        Err(e) => Err(e),
+    match unless_gone(b.lookup(&folder, name))? {
+        Some(node) if b.stat(&node)?.kind == Kind::File => b.open(&node, Access::Read).map(Some),
+        Some(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        None => Ok(None),
     }
 }
 

@@ -5,6 +5,7 @@ use super::record::Record;
 use super::sealed::LONGEST;
 use super::shard::Shard;
 use crate::backing::{self, Backing};
+use crate::store::walk::unless_gone;
 use std::io;
 
 const REPORT: &str = "report";
@@ -51,6 +52,24 @@ pub fn noted<B: Backing>(b: &B) -> io::Result<Vec<(Shard, Record, i64)>> {
     Ok(out)
 }
 
+/// Takes away what runs have left to go on with or to be proved by: the journal, and the journals and reports of shards.
+/// For another copy of the keyring: what was found out while this one was in force may not be so any more. What a run left
+/// out ([`super::exceptions`]) stays, for people.
+///
+/// # Errors
+/// The backing directory's.
+pub fn forget<B: Backing>(b: &B) -> io::Result<()> {
+    let Some(folder) = folder(b)? else { return Ok(()) };
+    let mut names = vec![journal::file_name(None)];
+    for what in [journal::NAME, REPORT] {
+        names.extend(left(b, &folder, what)?.into_iter().map(|s| s.file_name(what).into_bytes()));
+    }
+    for name in names {
+        unless_gone(b.unlink(&folder, &name))?;
+    }
+    b.sync_dir(&folder)
+}
+
 /// When `shard` last wrote its journal, in seconds since the epoch, if it ever did. A hint for people.
 pub(super) fn last_heard<B: Backing>(b: &B, shard: Shard) -> Option<u64> {
     let node = b.lookup(&folder(b).ok()??, &journal::file_name(Some(shard))).ok()?;
@@ -62,6 +81,7 @@ mod tests {
     use super::*;
     use crate::backing::sim::{PowerCut, SimDisk};
     use crate::format::names::STORE_DIR;
+    use std::collections::BTreeSet;
 
     fn shard(k: u32, n: u32) -> Shard {
         Shard::new(k, n).unwrap()
@@ -89,6 +109,24 @@ mod tests {
         assert_eq!(got, [(shard(1, 2), b"c".to_vec()), (shard(1, 3), b"a".to_vec()), (shard(2, 3), b"b".to_vec())]);
         assert_eq!(last_heard(&d, shard(2, 3)), None);
         assert!(last_heard(&d, shard(1, 3)).is_some());
+    }
+
+    #[test]
+    fn runs_are_forgotten_but_not_what_they_left_out_and_not_who_holds_what() {
+        let d = disk();
+        forget(&d).unwrap();
+        put_report(&d, shard(2, 3), b"b").unwrap();
+        let folder = folder(&d).unwrap().unwrap();
+        let kept = ["waived.json", "shards", "shard-4-of-3.report"];
+        for name in ["journal", "shard-1-of-3.journal", "shard-2-of-3.journal"].iter().chain(&kept) {
+            d.create(&folder, name.as_bytes(), 0o600, 0).unwrap();
+        }
+        d.sync_all().unwrap();
+        forget(&d).unwrap();
+        let d = d.crash_power(0, PowerCut::Lose);
+        let left: BTreeSet<Vec<u8>> =
+            d.read_dir(&super::folder(&d).unwrap().unwrap()).unwrap().into_iter().map(|e| e.name).collect();
+        assert_eq!(left, kept.map(|n| n.as_bytes().to_vec()).into());
     }
 
     #[test]

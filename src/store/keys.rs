@@ -246,7 +246,9 @@ impl Keys {
                 Ok((secret, ..)) if newer.iter().any(|n| roots::is_authentic(&secret, n)) => break,
                 Ok((secret, c, passed_over)) => {
                     report(&damaged);
-                    let old = COPIES.into_iter().zip(generations).find(|(_, g)| *g != Some(d.keyring.generation));
+                    // One with a higher generation is not genuine. Whoever put it there may want to know why first.
+                    let is_old = |g: Option<u64>| g.is_none_or(|g| g < d.keyring.generation);
+                    let old = COPIES.into_iter().zip(generations).find(|(_, g)| is_old(*g));
                     let left = Mutex::new(old.map(|(copy, _)| Left::new(copy, "it is damaged or old")));
                     let keys = Self::open_with(d.keyring, secret, c, root)?;
                     return Ok(Self { damaged, passed_over, left, ..keys });
@@ -315,6 +317,12 @@ impl Keys {
         Ok(first.keyring)
     }
 
+    /// What an update that was cut short left in the other copy, if it did. Like [`Keys::read_keyring`] not verified.
+    pub fn read_older_copy<B: Backing>(b: &B) -> Option<Keyring> {
+        let (candidates, _) = disk::candidates(disk::load(b, &disk::folder(b).ok()?)).ok()?;
+        candidates.into_iter().nth(1).map(|d| d.keyring)
+    }
+
     /// The store's id.
     pub fn store_id(&self) -> StoreId {
         self.store
@@ -336,7 +344,8 @@ impl Keys {
     }
 
     /// Copies of the keyring that were missing, damaged or not authentic when this was opened.
-    /// [`Keys::repair_copies`] or the next change of the keyring replaces them.
+    /// [`Keys::repair_copies`] or the next change of the keyring replaces them; [`Keys::mend_copies`] all but those that
+    /// are not authentic.
     pub fn damaged_copies(&self) -> &[BadCopy] {
         &self.damaged
     }

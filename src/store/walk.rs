@@ -180,6 +180,18 @@ pub fn is_gone(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
 }
 
+/// What `found` has found; `None` if that is not there.
+///
+/// # Errors
+/// Its own, but for that one.
+pub fn unless_gone<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(t) => Ok(Some(t)),
+        Err(e) if is_gone(&e) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -222,3 +222,37 @@ fn a_file_of_another_program_under_a_reserved_name_keeps_no_share_from_being_don
     assert_eq!((all.outcome, seen.scanned, seen.vanished), (Outcome::Complete, 6, 0));
     assert_eq!(read_all(&open(disk, &root)), tree);
 }
+
+/// What shards found out under one keyring says nothing once another one was in force: files may have come to be under the
+/// old KEK since.
+#[test]
+fn reports_of_shards_do_not_outlive_the_keyring_they_were_made_under() {
+    let (disk, root, mut tree) = filled();
+    let put_back = |copy: &[u8]| Keys::import(&disk, copy, &roots(&root), true, shares::forget).unwrap().keys;
+    let before = Keys::export(&disk).unwrap().bytes;
+    let target = begin_run(&disk, &root);
+    for s in shards(2) {
+        let report = run_shard(&disk, &root, s).unwrap();
+        let key = crate::rotation::sealed::seal_key(shared(&disk, &root).keys.secret());
+        shares::put_report(&disk, s, SealedReport::new(&report, &key).to_file().as_bytes()).unwrap();
+    }
+    let during = Keys::export(&disk).unwrap().bytes;
+    assert_eq!((shares::reports(&disk).unwrap().len(), shares::noted(&disk).unwrap().len()), (2, 2));
+    drop(put_back(&before));
+    let store = open(disk.clone(), &root);
+    let (_, _, file) = store.create(&store.root(), b"since", 0o644, 0, None).unwrap();
+    file.write(0, b"under the old KEK").unwrap();
+    drop(file);
+    store.close().unwrap();
+    drop(store);
+    let keys = put_back(&during);
+    assert!(is_unfinished(&keys.snapshot()) && active(&keys) == target);
+    drop(keys);
+    assert_eq!((shares::reports(&disk).unwrap(), shares::noted(&disk).unwrap()), (Vec::new(), Vec::new()));
+    assert_eq!(last_noted(&disk, None).unwrap(), None, "nor does a rotation alone go on where it had got to");
+    let alone = rotate(&open(disk.clone(), &root), &one_job()).unwrap();
+    assert_eq!((alone.outcome, alone.target, alone.resumed), (Outcome::Complete, target, true));
+    assert_eq!(keks_named(&disk), BTreeSet::from([target]));
+    tree.insert("since".into(), b"under the old KEK".to_vec());
+    assert_eq!(read_all(&open(disk, &root)), tree);
+}

@@ -26,7 +26,7 @@ fn a_copy_from_before_the_activation_opens_everything_wherever_the_run_was_cut_o
         let after = disk.crash_process();
         lose(&after);
         let done = done.is_ok_and(|report| report.target == new && report.outcome == Outcome::Complete);
-        let put_back = Keys::import(&after, &copy.bytes, &roots(&root), false).unwrap().keys;
+        let put_back = Keys::import(&after, &copy.bytes, &roots(&root), false, |_| Ok(())).unwrap().keys;
         assert_eq!(active(&put_back), new, "headers may name it");
         drop(put_back);
         let store = open(after.clone(), &root);

@@ -17,6 +17,7 @@ use crate::kms::KeyProvider;
 use crate::store::header::{self, Source};
 use crate::store::walk::{Visit, Walk};
 use crate::store::{Result, StoreError, dir};
+use std::io;
 use std::sync::Arc;
 
 /// Files looked at for the store's id when nothing else tells whose they are.
@@ -77,8 +78,11 @@ impl Keys {
     /// The store's folder is made if it is lost, once it is sure whose the files are. Not in it then: the targets of long
     /// symbolic links, which lay there.
     ///
-    /// A KEK that was pending is active, and what was scheduled to be destroyed is not any more. If the keyring that it
-    /// replaces is whole and this store's, a quorum and a floor that are set there stay.
+    /// A KEK that was pending is active, what was scheduled to be destroyed is not any more, and no retired KEK counts as
+    /// proved unused: files may have been written under it since, when another copy was in force. For the same reason
+    /// `forget` takes away what is left in the store of proofs under way; it is called when nothing is in the way of the
+    /// import any more, and nothing was replaced yet. If the keyring that this one replaces is whole and this store's, a
+    /// quorum and a floor that are set there stay.
     /// Destroyed KEKs that it holds are there again; KEKs that are newer than it are not in it, and files under them do not
     /// open. With `force` it may replace a whole keyring that is as new or newer, or that another key made.
     ///
@@ -86,8 +90,15 @@ impl Keys {
     ///
     /// # Errors
     /// [`Damage`] of `bytes`; [`StoreError::WrongKey`] and [`StoreError::Kms`] as [`Keys::open`]; [`StoreError::KeyState`]
-    /// if it is not this store's, or the present keyring must not be replaced without `force`; the backing directory's.
-    pub fn import<B: Backing>(b: &B, bytes: &[u8], root: &[Arc<dyn KeyProvider>], force: bool) -> Result<Imported> {
+    /// if it is not this store's, or the present keyring must not be replaced without `force`; the backing directory's;
+    /// `forget`'s.
+    pub fn import<B: Backing>(
+        b: &B,
+        bytes: &[u8],
+        root: &[Arc<dyn KeyProvider>],
+        force: bool,
+        forget: impl FnOnce(&B) -> io::Result<()>,
+    ) -> Result<Imported> {
         let folder = match disk::folder(b) {
             Err(StoreError::NotAStore(_)) => None,
             other => Some(other?),
@@ -121,6 +132,7 @@ impl Keys {
         if let Some(present) = keys.in_force(&there) {
             hold_on(&mut ring, &present.life);
         }
+        forget(b)?;
         let mut kept = Vec::new();
         for name in COPIES {
             kept.extend(keep(b, &folder, name)?);
@@ -190,16 +202,17 @@ impl Keys {
 
 /// A keyring from before as it is to be in force now. What was to be destroyed then is to be decided anew: it may have
 /// been cancelled since. A KEK that was pending may have been made active since and headers may name it (`rotate --export`),
-/// so it is the active one; had it not been, nothing is lost by that.
+/// so it is the active one; had it not been, nothing is lost by that. One that was proved unused may have been the active
+/// one since, by a copy from before that.
 fn put_back(mut ring: Keyring) -> Keyring {
     ring.life.schedules.clear();
-    if ring.pending().is_some() {
-        for k in &mut ring.keks {
-            match k.state {
-                KekState::Active => (k.state, k.retired) = (KekState::Retired, now()),
-                KekState::Pending => (k.state, k.activated) = (KekState::Active, now()),
-                KekState::Retired | KekState::Destroyed => {}
-            }
+    let is_pending = ring.pending().is_some();
+    for k in &mut ring.keks {
+        match k.state {
+            KekState::Active if is_pending => (k.state, k.retired) = (KekState::Retired, now()),
+            KekState::Pending => (k.state, k.activated) = (KekState::Active, now()),
+            KekState::Retired => k.unused = 0,
+            KekState::Active | KekState::Destroyed => {}
         }
     }
     ring

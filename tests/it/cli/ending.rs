@@ -254,8 +254,16 @@ fn rotate_puts_a_copy_of_the_keyring_away_before_the_new_kek_is_used() {
     fs::create_dir(b.path("dir")).unwrap();
     let failures = [
         ("DIR/none/copy", 1, "cannot open DIR/none: No such file or directory"),
-        ("DIR/dir", 1, "DIR/dir is there already; nothing was written; --force replaces it"),
-        ("DIR/phrase", 1, "DIR/phrase is there already; nothing was written; --force replaces it"),
+        (
+            "DIR/dir",
+            1,
+            "DIR/dir is there, and is no copy of this store's keyring; nothing was written; name another file",
+        ),
+        (
+            "DIR/phrase",
+            1,
+            "DIR/phrase is there, and is no copy of this store's keyring; nothing was written; name another file",
+        ),
     ];
     for (file, code, says) in failures {
         b.fails(&format!("rotate back --passphrase-file DIR/phrase --export {file}"), code, says);

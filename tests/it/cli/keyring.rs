@@ -199,6 +199,18 @@ fn a_mounted_stores_keyring_is_exported_but_not_replaced_and_a_kept_one_is_told_
     b.ok("key import back DIR/copy --force");
     b.ok("mount back mnt --log-file DIR/log");
     assert_eq!(fs::read(b.path("mnt/f")).unwrap(), b"content");
+    // That it was unused was found out by another keyring.
+    b.fails(
+        &format!("key destroy mnt {old} --yes"),
+        1,
+        "DIR/back: KEK ID may still be needed: rotate to the end first",
+    );
+    b.ok("rotate mnt");
+    assert_eq!(
+        b.json("key list back --json")["keks"].as_array().unwrap().len(),
+        2,
+        "it goes on, with the KEK there is"
+    );
     // What import kept holds the KEK still.
     let warning = |c| {
         format!("envelopefs: the replaced keyring .envelopefs/keyring.{c}.old.1 may still hold KEK ID: remove it\n")
@@ -249,4 +261,45 @@ fn the_audit_log_tells_of_what_destroys_and_imports() {
     assert_ne!(b.run("key import back DIR/copy --config DIR/c.toml").status.code(), Some(0));
     assert!(told("keyring-import", "\"result\":\"other\""));
     b.ok("audit verify DIR/audit --store back");
+}
+
+/// An update cut short between the copies leaves the older one in one place.
+#[test]
+fn a_copy_of_the_keyring_that_an_update_left_as_it_was_is_replaced_by_a_mount() {
+    if !can_mount() {
+        return;
+    }
+    let (b, old, _) = rotated();
+    let copies = || ["a", "b"].map(|c| fs::read(b.path(&format!("back/.envelopefs/keyring.{c}"))).unwrap());
+    let [before, _] = copies();
+    b.ok(&format!("key destroy back {old} --yes"));
+    fs::write(b.path("back/.envelopefs/keyring.b"), &before).unwrap();
+    b.ok("mount back mnt --read-only");
+    b.ok("unmount mnt");
+    assert_eq!(copies()[1], before, "not by one that may not write");
+    b.ok("mount back mnt --log-file DIR/log");
+    wait_for("the copy", || copies()[0] == copies()[1]);
+    assert_eq!(fs::read(b.path("mnt/f")).unwrap(), b"content");
+    b.ok("unmount mnt");
+    assert_eq!(wraps(&b, &old), "destroyed");
+    assert!(
+        fs::read_to_string(b.path("log")).unwrap().contains("both copies of the keyring are whole and equal again")
+    );
+}
+
+#[test]
+fn a_root_key_that_only_an_older_copy_of_the_keyring_has_can_be_removed_to_the_end() {
+    let b = Bench::new();
+    b.ok("init back --key keyfile:DIR/key");
+    b.ok("key add back keyfile:DIR/other");
+    let copies = || ["a", "b"].map(|c| fs::read(b.path(&format!("back/.envelopefs/keyring.{c}"))).unwrap());
+    let [before, _] = copies();
+    b.ok("key remove back keyfile:DIR/other");
+    fs::write(b.path("back/.envelopefs/keyring.b"), &before).unwrap();
+    let o = b.run("key floor back none --open-key keyfile:DIR/other");
+    assert_eq!(o.status.code(), Some(4), "{}", b.masked(&o.stderr));
+    b.ok("key remove back keyfile:DIR/other");
+    let [x, y] = copies();
+    assert!(x == y && x != before);
+    b.fails("key remove back keyfile:DIR/other", 5, "keyfile:DIR/other is not a root key of DIR/back");
 }

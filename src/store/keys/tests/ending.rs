@@ -161,7 +161,7 @@ fn a_keyring_that_is_put_back_destroys_nothing() {
         });
     });
     let copy = Keys::export(&disk).unwrap();
-    let put_back = Keys::import(&disk, &copy.bytes, &dynamic(&[&s]), true).unwrap().keys.snapshot();
+    let put_back = Keys::import(&disk, &copy.bytes, &dynamic(&[&s]), true, |_| Ok(())).unwrap().keys.snapshot();
     assert_eq!((put_back.life.schedules, put_back.life.floor), (vec![], Some(old)));
 }
 
@@ -257,7 +257,7 @@ fn a_copy_that_is_put_back_lifts_neither_quorum_nor_floor() {
     let (disk, s, keys, old) = rotated();
     let life = |quorum, floor| crate::format::lifecycle::LifeCycle { quorum, floor, schedules: vec![] };
     let put_back = |copy: &[u8]| {
-        let keys = Keys::import(&disk, copy, &dynamic(&[&s]), true).unwrap().keys;
+        let keys = Keys::import(&disk, copy, &dynamic(&[&s]), true, |_| Ok(())).unwrap().keys;
         assert_eq!(open(&disk, &[&s]).unwrap().snapshot(), keys.snapshot());
         keys
     };

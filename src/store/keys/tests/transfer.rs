@@ -33,7 +33,7 @@ fn is_readable(disk: &SimDisk, s: &Arc<Scripted>) -> bool {
 }
 
 fn import(disk: &SimDisk, bytes: &[u8], s: &[&Arc<Scripted>], force: bool) -> Result<Imported> {
-    Keys::import(disk, bytes, &dynamic(s), force)
+    Keys::import(disk, bytes, &dynamic(s), force, |_| Ok(()))
 }
 
 fn refused(r: Result<Imported>) -> String {
@@ -119,6 +119,70 @@ fn a_whole_keyring_is_replaced_only_if_it_is_older_or_with_force() {
     assert_eq!((forced.keys.snapshot().generation, forced.keys.snapshot().keks.len()), (6, 1));
     assert_eq!(Keyring::decode(&old(&disk, &forced.kept[0])).unwrap().keyring.generation, 5);
     assert!(is_readable(&disk, &s));
+}
+
+/// What a copy says of a KEK was found out while the copy was in force. It may have been the active one since, by another.
+#[test]
+fn a_kek_that_a_copy_says_is_unused_is_not_once_that_is_put_back() {
+    let (disk, s) = encrypted();
+    let first = Keys::export(&disk).unwrap().bytes;
+    let keys = open(&disk, &[&s]).unwrap();
+    let ((gone, _), (old, _)) = (rotate(&disk, &keys), rotate(&disk, &keys));
+    keys.destroy(&disk, gone, &Confirmation::default()).unwrap();
+    let later = Keys::export(&disk).unwrap().bytes;
+    import(&disk, &first, &[&s], true).unwrap();
+    // Here somebody could write under the KEK that `later` knows as destroyed.
+    let keys = import(&disk, &later, &[&s], true).unwrap().keys;
+    let ring = keys.snapshot();
+    let of = |id| ring.kek(id).map(|k| (k.state, k.unused)).unwrap();
+    assert_eq!(of(old), (KekState::Retired, 0));
+    assert_eq!(of(gone).0, KekState::Destroyed);
+    assert!(!keys.is_unused(old) && ring.kek(old).unwrap().is_needed());
+    let why = keys.destroy(&disk, old, &Confirmation::default());
+    assert!(matches!(&why, Err(StoreError::KeyState(w)) if w.contains("rotate to the end first")), "{why:?}");
+    assert_eq!(open(&disk, &[&s]).unwrap().snapshot(), ring);
+}
+
+#[test]
+fn nothing_is_forgotten_for_an_import_that_is_refused_or_fails_to_forget() {
+    let (disk, s) = encrypted();
+    let copy = Keys::export(&disk).unwrap().bytes;
+    let before = raw(&disk);
+    let never = |_: &SimDisk| panic!("it is refused");
+    assert!(Keys::import(&disk, &copy, &dynamic(&[&s]), false, never).is_err());
+    let fails = |_: &SimDisk| Err(io::Error::from_raw_os_error(libc::EIO));
+    assert!(Keys::import(&disk, &copy, &dynamic(&[&s]), true, fails).is_err());
+    assert_eq!((raw(&disk), kept(&disk).unwrap()), (before, Vec::new()));
+}
+
+/// An error, and the process lives on: one keyring or the other is in force, and it can be done again.
+#[test]
+fn an_error_at_every_operation_of_an_import_leaves_one_keyring_or_the_other() {
+    let (base, s) = encrypted();
+    let copy = Keys::export(&base).unwrap().bytes;
+    let (_, new) = rotate(&base, &open(&base, &[&s]).unwrap());
+    base.sync_all().unwrap();
+    for late in [false, true] {
+        for n in 0..length(&base, &copy, &s) {
+            let disk = base.crash_process();
+            match late {
+                true => disk.fail_next_late(None, n, libc::EIO),
+                false => disk.fail_next(None, n, libc::ENOSPC),
+            }
+            let done = import(&disk, &copy, &[&s], true);
+            disk.clear_faults();
+            for after in crashes(&disk) {
+                let there = open(&after, &[&s]).unwrap().snapshot();
+                match &done {
+                    Ok(done) => assert_eq!(there, done.keys.snapshot(), "{n}"),
+                    Err(_) => assert!(there.kek(new).is_some(), "{n}: the one before"),
+                }
+            }
+            let again = import(&disk, &copy, &[&s], true).unwrap().keys.snapshot();
+            assert!(again.kek(new).is_none());
+            assert!(is_readable(&disk, &s));
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::args::{ConfirmArgs, OpenKeys};
 use super::key::opened;
 use super::place::Place;
 use super::progress::Meter;
-use super::{confirm, output, rotate};
+use super::{confirm, output, root_keys, rotate};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::protocol::{Reply, Request};
 use crate::format::ids::KekId;
@@ -69,6 +69,9 @@ pub fn destroy(place: &Place, wish: &Wish<'_>, old: &OpenKeys) -> Result<(), Fau
             let ended =
                 rotation::destroy(&crate::daemon::rotate::alone(&store), id, when, &confirmed, &shown, &control);
             meter.end();
+            if ended.is_ok() {
+                root_keys::tell_of_copy(&store.shared().keys);
+            }
             let closed = store.close();
             observed.end();
             let ended = ended.map_err(|e| fail(&e))?;

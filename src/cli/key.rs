@@ -82,6 +82,7 @@ fn add(place: &Place, uri: &str, passphrase_file: Option<&Path>, c: &ConfirmArgs
             let added = keys.add_root_key(&place.posix, &provider, &confirmed);
             added.map_err(|e| Fault::store(&place.backing, &e))?;
         }
+        root_keys::tell_of_copy(&keys);
     }
     output::print(&format!("{made}added root key {uri}\n"))
 }
@@ -109,6 +110,7 @@ fn add_recovery(place: &Place, c: &ConfirmArgs, old: &OpenKeys) -> Result<(), Fa
     let fail = |e: StoreError| Fault::store(&place.backing, &e);
     let key = guard::around(key, &parsed, &observed.connect(&ConnectOptions::default()));
     let id = keys.add_root_key(&place.posix, &key, &confirmed).map_err(fail)?;
+    root_keys::tell_of_copy(&keys);
     output::print(&format!("added root key {uri}\n"))
         .and_then(|()| recovery::show(&text))
         .map_err(|f| recovery::not_shown(&f, keys.remove_root_key(&place.posix, id).map_err(fail)))

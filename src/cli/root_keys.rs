@@ -11,6 +11,11 @@ use crate::store::keys::Keys;
 use std::path::Path;
 use std::sync::Arc;
 
+/// Tells of a copy of the keyring that a change could not replace.
+pub fn tell_of_copy(keys: &Keys) {
+    keys.copy_left().iter().for_each(|w| eprintln!("envelopefs: {w}"));
+}
+
 /// How to reach root keys.
 ///
 /// # Errors

@@ -183,6 +183,9 @@ fn offline(
     let report = rotate::offline(&store, &options, &Shown(&meter), &control);
     meter.end();
     let report = report.map(|r| (rotate::seal(&store, &r), r));
+    if report.is_ok() {
+        root_keys::tell_of_copy(&store.shared().keys);
+    }
     let closed = store.close();
     observed.end();
     let (sealed, report) = report.map_err(|e| fail(&e))?;

@@ -111,5 +111,5 @@ pub fn warnings(keys: &Keys, o: &ConnectOptions) -> Vec<String> {
          add recovery:)"
             .to_owned()
     });
-    used.into_iter().chain(passed_over).collect()
+    used.into_iter().chain(passed_over).chain(keys.copy_left()).collect()
 }

@@ -249,7 +249,7 @@ impl Keys {
                     // One with a higher generation is not genuine. Whoever put it there may want to know why first.
                     let is_old = |g: Option<u64>| g.is_none_or(|g| g < d.keyring.generation);
                     let old = COPIES.into_iter().zip(generations).find(|(_, g)| is_old(*g));
-                    let left = Mutex::new(old.map(|(copy, _)| Left::new(copy, "it is damaged or old")));
+                    let left = Mutex::new(old.map(|(copy, _)| Left::new(copy, commit::OLD)));
                     let keys = Self::open_with(d.keyring, secret, c, root)?;
                     return Ok(Self { damaged, passed_over, left, ..keys });
                 }

@@ -182,11 +182,10 @@ impl Keys {
         if is_news {
             self.tell_kek(id, KekChange::Destroyed);
         }
-        self.settle(b, &format!("KEK {id} is destroyed"))?;
         for name in super::kept(b).unwrap_or_default() {
             tracing::warn!(kek = %id, "the replaced keyring .envelopefs/{name} may still hold this KEK: remove it");
         }
-        Ok(())
+        self.settle(b, &format!("KEK {id} is destroyed"))
     }
 
     /// Whether [`Keys::destroy`] would accept `id` now.

@@ -24,9 +24,18 @@ pub(super) struct Left {
     why: String,
 }
 
+/// Why, if nobody tried.
+pub(super) const OLD: &str = "it is damaged, or older";
+
 impl Left {
     pub(super) fn new(copy: &'static str, why: impl ToString) -> Self {
         Self { copy, why: why.to_string() }
+    }
+}
+
+impl std::fmt::Display for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, ".envelopefs/{} is not the keyring in force: {}", self.copy, self.why)
     }
 }
 
@@ -75,23 +84,28 @@ impl Keys {
         self.left.lock().is_some()
     }
 
+    /// What there is to say of a copy on disk that is not known to be the keyring in force.
+    pub fn copy_left(&self) -> Option<String> {
+        self.left
+            .lock()
+            .as_ref()
+            .map(|l| format!("{l}; the next change of the keyring replaces it, and so does a mount that may write"))
+    }
+
     /// For a change that is in force, and whose point is what no copy on disk may hold any more: tries once more to
     /// replace a copy that is left. The caller holds `update`.
     ///
     /// # Errors
     /// [`StoreError::CopyLeft`] with `done`, which is what the change has done.
     pub(super) fn settle<B: Backing>(&self, b: &B, done: &str) -> Result<()> {
-        let Some(Left { copy, why }) = self.left.lock().clone() else { return Ok(()) };
+        let Some(before) = self.left.lock().clone() else { return Ok(()) };
         let again = self.to_change().and_then(|ring| self.adopt(b, ring, &[]));
         let left = self.left.lock().clone();
         match (again, left) {
             (Ok(()), None) => Ok(()),
             (_, left) => {
-                let Left { copy, why } = left.unwrap_or(Left { copy, why });
-                Err(StoreError::CopyLeft(format!(
-                    "{done}, but .envelopefs/{copy} could not be replaced, and is as it was before ({why}): mend that and do \
-                     it again"
-                )))
+                let left = left.unwrap_or(before);
+                Err(StoreError::CopyLeft(format!("{done}, but {left}; mend that and do it again")))
             }
         }
     }
@@ -119,7 +133,7 @@ impl Keys {
         let found = disk::load(b, &disk::folder(b)?);
         let whole = |f: &disk::Found| matches!(f, disk::Found::Valid(d) if roots::is_authentic(&self.secret, d) && d.keyring == ring);
         let bad = COPIES.into_iter().zip(&found).find(|(_, f)| !whole(f));
-        *self.left.lock() = bad.map(|(copy, _)| Left::new(copy, "it is damaged or old"));
+        *self.left.lock() = bad.map(|(copy, _)| Left::new(copy, OLD));
         self.settle(b, "the keyring is as it should be")?;
         Ok(bad.is_some())
     }

@@ -51,6 +51,38 @@ fn a_run_can_be_killed_after_every_operation() {
     }
 }
 
+/// Told of an error, whether it was done or not, the process lives on: what it has in memory is what others find on disk.
+#[test]
+fn a_run_can_meet_an_error_at_every_operation_and_the_same_process_goes_on() {
+    let (base, root, tree) = filled();
+    let length = run_length(&base, &root);
+    for (late, n) in (0..length).flat_map(|n| [(false, n), (true, n)]) {
+        let what = format!("an error at {n} of {length}, {}", if late { "done" } else { "not done" });
+        let disk = base.crash_process();
+        let store = open(disk.clone(), &root);
+        match late {
+            true => disk.fail_next_late(None, n, libc::EIO),
+            false => disk.fail_next(None, n, libc::EIO),
+        }
+        let _ = rotate(&store, &options());
+        disk.clear_faults();
+        let (_, _, file) = store.create(&store.root(), b"since", 0o644, 0, None).unwrap();
+        file.write(0, b"written after the error").unwrap();
+        file.sync().unwrap();
+        drop(file);
+        let tree: Tree =
+            tree.clone().into_iter().chain([("since".to_owned(), b"written after the error".to_vec())]).collect();
+        let keys = &store.shared().keys;
+        assert_eq!(Keys::open(&disk, &roots(&root)).unwrap().snapshot(), keys.snapshot(), "{what}");
+        recovers(&disk.crash_power(n, PowerCut::Reorder { tear: false }), &root, &tree, &what);
+        let report = rotate(&store, &options()).unwrap();
+        assert_eq!((report.outcome, active(keys)), (Outcome::Complete, report.target), "{what}: {report:?}");
+        assert_eq!(Keys::open(&disk, &roots(&root)).unwrap().snapshot(), keys.snapshot(), "{what}");
+        drop(store);
+        recovers(&disk, &root, &tree, &what);
+    }
+}
+
 #[test]
 fn the_power_can_go_after_every_operation() {
     for journal in [SimJournal::Ordered, SimJournal::None] {

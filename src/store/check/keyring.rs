@@ -6,7 +6,7 @@ use crate::format::damage::Damage;
 use crate::format::keyring::{KEYRING_MAX, Keyring};
 use crate::store::error::Result;
 use crate::store::keys::{COPIES, FOLDER, Keys};
-use crate::store::walk::is_gone;
+use crate::store::walk::unless_gone;
 
 impl<B: Backing> Checker<'_, B> {
     /// Looks at each copy; takes over the keyring in force.
@@ -49,10 +49,7 @@ impl<B: Backing> Checker<'_, B> {
     fn read_copy(&self, name: &str) -> Result<Option<Keyring>> {
         let b = self.b;
         let node = b.root().and_then(|r| b.lookup(&r, FOLDER)).and_then(|f| b.lookup(&f, name.as_bytes()));
-        let node = match node {
-            Err(e) if is_gone(&e) => return Ok(None),
-            other => other?,
-        };
+        let Some(node) = unless_gone(node)? else { return Ok(None) };
         let stat = b.stat(&node)?;
         if stat.kind != Kind::File || stat.size > KEYRING_MAX as u64 {
             return Err(Damage::KeyringUnreadable.into());

@@ -219,7 +219,7 @@ fn a_destroyed_kek_is_gone_from_memory_at_once_and_claimed_to_be_gone_when_no_co
     second_copy_fails(&disk);
     let destroyed = keys.destroy(&disk, old, &Confirmation::default());
     assert!(matches!(&destroyed, Err(e @ StoreError::CopyLeft(_)) if e.code() == "keyring-copy-old"), "{destroyed:?}");
-    assert!(has_it(&disk) && keys.state.read().opened.handles.get(&old).is_none());
+    assert!(has_it(&disk) && !keys.state.read().opened.handles.contains_key(&old));
     assert_eq!(use_of(&keys, old), Err("kek-destroyed".to_owned()));
     assert!(keys.destroy(&disk, old, &Confirmation::default()).is_err());
     disk.clear_faults();

@@ -280,7 +280,7 @@ impl<B: Backing> FileCore<B> {
             let keys = FileKeys::new(dek, slot);
             let (page, state) = first_page(&keys, slot);
             self.shared.backing.write_at(&file, &page, 0)?;
-            Ok((keys, Loaded { state, newest: geometry::Copy2::A, unsaved: false }))
+            Ok((keys, Loaded { state, newest: geometry::Copy2::A, spare: false, unsaved: false }))
         })?;
         let keys = Arc::new(keys);
         self.segments.clear();

@@ -141,7 +141,14 @@ impl<B: Backing> FileCore<B> {
             return Ok(());
         }
         let _times = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
-        self.keeping_times(inner, |_| self.change_file_state(inner, keys, |f| f.length = durable))
+        self.keeping_times(inner, |_| {
+            self.with_segment_mut(inner, keys, 0, |l| {
+                l.state.file.length = durable;
+                self.store_segment(inner, keys, 0, l)?;
+                l.spare = true;
+                Ok(())
+            })
+        })
     }
 
     /// Runs `f`, which writes the backing file, on what the file was before, and puts the mtime back. The caller holds

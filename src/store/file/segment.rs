@@ -17,8 +17,11 @@ const CACHED_MAX: usize = 4096;
 /// A segment's state as the disk has it.
 pub(super) struct Loaded {
     pub state: SegmentState,
-    /// The copy that holds `state`; the next version goes over the other one.
+    /// The copy that holds `state`; the next version goes over the other one, but if `spare` says so.
     pub newest: Copy2,
+    /// The other copy has the same entries and was made durable after they were, so that the next version goes over this
+    /// one: a power cut that tears both pages would else take what was acknowledged.
+    pub spare: bool,
     /// `state` differs from the disk: what a crash left was settled in memory only.
     pub unsaved: bool,
 }
@@ -101,7 +104,7 @@ impl Copies {
             (Err(_), Ok(b)) => (Copy2::B, b, None),
             (Err(Damage::StateAbsent { .. }), Err(e)) | (Err(e), Err(_)) => return Err(e),
         };
-        Ok((Loaded { state, newest, unsaved: false }, older))
+        Ok((Loaded { state, newest, spare: false, unsaved: false }, older))
     }
 }
 
@@ -172,7 +175,7 @@ impl<B: Backing> FileCore<B> {
                 self.reconcile(inner, keys, segment, loaded, older)
             }
             Err(Damage::StateAbsent { .. }) if inner.sparse || segment >= geometry::segment_count(inner.size) => {
-                Ok(Loaded { state: SegmentState::EMPTY, newest: Copy2::B, unsaved: false })
+                Ok(Loaded { state: SegmentState::EMPTY, newest: Copy2::B, spare: false, unsaved: false })
             }
             Err(d) => {
                 log_damage(keys, &d);
@@ -292,7 +295,7 @@ impl<B: Backing> FileCore<B> {
         Ok(())
     }
 
-    /// Writes the state as the next version, over the older copy.
+    /// Writes the state as the next version, over the older copy, or over a newer one that can be spared.
     pub(super) fn store_segment(
         &self,
         inner: &Inner<B>,
@@ -303,13 +306,17 @@ impl<B: Backing> FileCore<B> {
         self.changes.wrote(segment);
         let mut next = loaded.state.clone();
         next.sequence += 1;
-        let copy = if loaded.state.sequence == 0 { Copy2::A } else { loaded.newest.other() };
+        let copy = match loaded.spare {
+            _ if loaded.state.sequence == 0 => Copy2::A,
+            true => loaded.newest,
+            false => loaded.newest.other(),
+        };
         let mut out = [0u8; STATE];
         state::seal(&keys.state, keys.file, segment, &next, random::array(), &mut out);
         let len = geometry::state_len(segment);
         let at = geometry::state_offset(segment, copy);
         self.shared.backing.write_at(inner.backing_file()?, &out[..len], at)?;
-        *loaded = Loaded { state: next, newest: copy, unsaved: false };
+        *loaded = Loaded { state: next, newest: copy, spare: false, unsaved: false };
         Ok(())
     }
 }

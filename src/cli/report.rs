@@ -177,7 +177,13 @@ fn in_words(r: &Report) -> String {
         t += &format!("share      {}, {} of {} files listed\n", s.shard, s.own, s.listed);
     }
     for k in &r.kept {
-        t += &format!("kept       KEK {k}, for what is waived\n");
+        t += &format!("kept       KEK {k}, for what is waived or has no header\n");
+    }
+    if let Some(n) = lost(r) {
+        t += &format!("no header  {n} files with content\n");
+    }
+    for path in &r.no_header {
+        t += &format!("  {path}\n");
     }
     if !r.waived.is_empty() {
         t += &format!("waived     {}\n", r.waived.len());
@@ -189,7 +195,13 @@ fn in_words(r: &Report) -> String {
     for f in &r.failures {
         t += &format!("  {}\n", f.in_words());
     }
-    t + &format!("proves     {}\n", proves(r))
+    let but = if lost(r).is_some() { "; nothing of files that have content and no header" } else { "" };
+    t + &format!("proves     {}{but}\n", proves(r))
+}
+
+/// Files with content and no header that the last scan saw, if there are any.
+fn lost(r: &Report) -> Option<u64> {
+    r.verify.map(|v| v.no_header).filter(|n| *n > 0)
 }
 
 fn outcome(o: Outcome) -> &'static str {

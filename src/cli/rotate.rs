@@ -368,6 +368,9 @@ fn text(r: &Report) -> String {
     for f in &r.waived {
         t += &format!("waived: {}\n", f.in_words());
     }
+    for path in &r.no_header {
+        t += &format!("no header: {path}\n");
+    }
     for f in &r.failures {
         t += &format!("failed: {}\n", f.in_words());
     }
@@ -383,7 +386,7 @@ fn moved(r: &Report) -> String {
 /// What a dry run saw.
 fn counted(r: &Report) -> String {
     let c = r.verify.unwrap_or_default();
-    let todo = c.scanned.saturating_sub(c.current + c.empty + c.vanished + c.failed);
+    let todo = c.scanned.saturating_sub(c.current + c.empty + c.no_header + c.vanished + c.failed);
     format!(
         "dry run: {} files, {} without a header, {} under KEK {} already, {todo} to move\n",
         c.scanned, c.empty, c.current, r.target

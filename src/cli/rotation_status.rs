@@ -213,7 +213,11 @@ const SHOWN: usize = 10;
 
 /// The first few failures, a line each.
 fn listed(all: &[Failure]) -> String {
-    let mut t: String = all.iter().take(SHOWN).map(|f| format!("  {}\n", f.in_words())).collect();
+    in_lines(all, Failure::in_words)
+}
+
+fn in_lines<T>(all: &[T], words: impl Fn(&T) -> String) -> String {
+    let mut t: String = all.iter().take(SHOWN).map(|f| format!("  {}\n", words(f))).collect();
     if all.len() > SHOWN {
         t += &format!("  and {} more\n", all.len() - SHOWN);
     }
@@ -233,6 +237,9 @@ fn running(s: &Status) -> String {
         "files     {} rewrapped, {} current, {} empty, {} vanished, {} failed\n",
         c.rewrapped, c.current, c.empty, c.vanished, c.failed
     );
+    if c.no_header > 0 {
+        t += &format!("no header {} files with content\n", c.no_header);
+    }
     for (kek, n) in &s.headers_by_kek {
         t += &format!("headers   {n} found under KEK {kek}\n");
     }
@@ -260,6 +267,10 @@ fn ended(r: &Report) -> String {
     t += &format!("time      {} to {}\n", rfc3339_seconds(r.started), rfc3339_seconds(r.finished));
     t += &format!("target    KEK {}\n", r.target);
     t += &format!("files     {} moved, {} failed, {} waived\n", r.sweep.rewrapped, r.failures_total, r.waived.len());
+    if let Some(n) = r.verify.map(|v| v.no_header).filter(|n| *n > 0) {
+        t += &format!("no header {n} files with content\n");
+        t += &in_lines(&r.no_header, |path| format!("{path}; see check"));
+    }
     t + &listed(&r.failures)
 }
 
@@ -364,7 +375,7 @@ mod tests {
             since: 1_790_000_001,
             target: Some(KekId([2; 16])),
             pass: 1,
-            counts: Counts { scanned: 9, rewrapped: 5, current: 1, empty: 0, vanished: 0, failed: 3 },
+            counts: Counts { scanned: 9, rewrapped: 5, current: 1, empty: 0, no_header: 2, vanished: 0, failed: 3 },
             expected: Some(100),
             rate: 4.5,
             eta: Some(60.0),
@@ -382,6 +393,7 @@ mod tests {
                  target    KEK {two}\n\
                  pass      1, 9 of 100 files, 4 a second\n\
                  files     5 rewrapped, 1 current, 0 empty, 0 vanished, 3 failed\n\
+                 no header 2 files with content\n\
                  headers   5 found under KEK {one}\n\
                  left      60 s of this pass, 2.0 h of the rotation\n\
                  failed    3 in the sweep: 2 EIO, 1 wrap-auth\n  \

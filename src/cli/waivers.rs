@@ -1,5 +1,6 @@
 //! `rotate --waive FILE`: reading the list, and telling what came of it.
 
+use super::check::count;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::rotation::waive::BYTES_MAX;
 use crate::rotation::{Report, Waivers};
@@ -26,14 +27,23 @@ pub fn read(path: Option<&Path>) -> Result<Waivers, Fault> {
     Waivers::parse(&text).map_err(|e| Fault::new(FaultKind::Usage, format!("waivers {}: {e}", path.display())))
 }
 
-/// Says on standard error what the operator may not expect: waivers that were of no use, KEKs that were not destroyed.
+/// Says on standard error what the operator may not expect: waivers that were of no use, files that have no header, KEKs
+/// that were not destroyed.
 pub fn tell(r: &Report) {
     for path in &r.waivers_unused {
         eprintln!("envelopefs: waiver not needed: nothing failed at {path}; take it off the list");
     }
-    for kek in &r.kept {
+    let lost = r.verify.map_or(0, |v| v.no_header);
+    if lost > 0 {
         eprintln!(
-            "envelopefs: KEK {kek} was not destroyed: what is waived needs it, or may; mend or remove that, and rotate again"
+            "envelopefs: {} with content and no header, which opens for nobody: not synced before a power cut, or lost by \
+             the disk; put it back from a backup, or remove it",
+            count(lost, "file")
         );
+    }
+    let needs_it =
+        if lost > 0 { "a backup of what has no header may need it" } else { "what is waived needs it, or may" };
+    for kek in &r.kept {
+        eprintln!("envelopefs: KEK {kek} was not destroyed: {needs_it}; mend or remove that, and rotate again");
     }
 }

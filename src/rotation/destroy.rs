@@ -192,6 +192,15 @@ fn refusal(found: &Found, failures: &Failures, whole: bool) -> Option<String> {
             listed(&paths, total)
         ));
     }
+    if found.counts.no_header > 0 {
+        let n = found.counts.no_header;
+        let what = if n == 1 { "file has content and no header" } else { "files have content and no header" };
+        let paths = listed(&found.no_header, n);
+        return Some(format!(
+            "{n} {what}: {paths}; if the disk lost it, only a backup under an older KEK may have it: put it back from there \
+             and rotate, or remove it"
+        ));
+    }
     (!whole).then(|| "files were moved faster than they could be looked at; try again".to_owned())
 }
 

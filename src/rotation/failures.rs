@@ -61,6 +61,11 @@ impl Failures {
         failed.add(f);
     }
 
+    /// Whether somebody answers for what is at this path.
+    pub(super) fn is_waived(&self, path: &str) -> bool {
+        self.waivers.covers(path)
+    }
+
     /// What is known so far.
     pub(super) fn so_far(&self) -> Failing {
         self.list.lock().1.clone()

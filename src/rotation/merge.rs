@@ -8,7 +8,7 @@
 //! target was made after that KEK became active.
 
 use super::journal::Journal;
-use super::report::{Counts, Failure, Outcome, Report, State};
+use super::report::{Counts, FAILURES_MAX, Failure, Outcome, Report, State};
 use super::run::{Context, now, retire_unproved, told};
 use super::shard::Shard;
 use super::{exceptions, plan, shares};
@@ -161,6 +161,7 @@ fn sum(of: &[&Report], store: StoreId, target: KekId) -> Report {
         kept: Vec::new(),
         waived: Vec::new(),
         waivers_unused: Vec::new(),
+        no_header: Vec::new(),
         failures: Vec::new(),
         failures_total: 0,
         generation: 0,
@@ -175,8 +176,10 @@ fn sum(of: &[&Report], store: StoreId, target: KekId) -> Report {
         for (sums, counts) in [(&mut out.slots_by_kek, &r.slots_by_kek), (&mut out.headers_by_kek, &r.headers_by_kek)] {
             counts.iter().for_each(|(kek, n)| *sums.entry(*kek).or_default() += n);
         }
+        out.no_header.extend(r.no_header.iter().cloned());
         out.shares.extend(r.shares.iter().cloned());
     }
+    out.no_header.truncate(FAILURES_MAX);
     out
 }
 

@@ -564,6 +564,7 @@ impl<B: Backing> Run<'_, B> {
                 empty: c.empty,
                 vanished: c.vanished,
                 failed: c.failed,
+                ..Counts::default()
             },
             rate: self.copied.load(Ordering::Relaxed) as f64 / elapsed.max(0.001),
             elapsed,

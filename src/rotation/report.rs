@@ -58,6 +58,10 @@ pub struct Counts {
     pub current: u64,
     /// Empty files: they have no header.
     pub empty: u64,
+    /// Files with content of which both header slots are zeros: no KEK is named there, and the content opens for nobody. A
+    /// power cut leaves such a one of a new file that was not synced; a disk that lost what was synced does, too.
+    #[serde(default)]
+    pub no_header: u64,
     /// Files that were deleted while the run was about to look at them.
     pub vanished: u64,
     /// Files and directories that could not be dealt with.
@@ -66,12 +70,13 @@ pub struct Counts {
 
 impl Counts {
     /// Each count with its name, as in `rotate --json`.
-    pub fn named(&self) -> [(&'static str, u64); 6] {
+    pub fn named(&self) -> [(&'static str, u64); 7] {
         [
             ("scanned", self.scanned),
             ("rewrapped", self.rewrapped),
             ("current", self.current),
             ("empty", self.empty),
+            ("no_header", self.no_header),
             ("vanished", self.vanished),
             ("failed", self.failed),
         ]
@@ -84,6 +89,7 @@ impl std::ops::AddAssign for Counts {
         self.rewrapped += o.rewrapped;
         self.current += o.current;
         self.empty += o.empty;
+        self.no_header += o.no_header;
         self.vanished += o.vanished;
         self.failed += o.failed;
     }
@@ -240,7 +246,8 @@ pub struct Report {
     pub retired: Vec<KekId>,
     /// KEKs destroyed by this run.
     pub destroyed: Vec<KekId>,
-    /// KEKs that were to be destroyed and are still there: what is waived names them, or may.
+    /// KEKs that were to be destroyed and are still there: what is waived names them, or may, or a backup of a file that has
+    /// no header may need them.
     #[serde(default)]
     pub kept: Vec<KekId>,
     /// Failures that were waived. If the run is complete: what the proof leaves out.
@@ -249,6 +256,10 @@ pub struct Report {
     /// Waivers that were not needed: nothing failed at these paths.
     #[serde(default)]
     pub waivers_unused: Vec<String>,
+    /// Files that the last scan found to have content and no header ([`Counts::no_header`]), at most [`FAILURES_MAX`] of
+    /// them. They are no failures: what is proved of headers is proved, and says nothing of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub no_header: Vec<String>,
     /// Failures that were not waived, at most [`FAILURES_MAX`] of them.
     pub failures: Vec<Failure>,
     /// All of these, also those not named.

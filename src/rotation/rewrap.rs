@@ -16,7 +16,9 @@ use crate::kms::event::Operation;
 use crate::kms::guard::lane::Background;
 use crate::store::Result;
 use crate::store::StoreError;
-use crate::store::header::{SLOTS_LEN, Source, is_unborn, read_slots, rewrap_slot, slots_are, unwrap_slot, wrap_slot};
+use crate::store::header::{
+    SLOTS_LEN, Source, is_unborn, is_zeros, read_slots, rewrap_slot, slots_are, unwrap_slot, wrap_slot,
+};
 use crate::store::keys::{KekHandle, Watch};
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
@@ -98,6 +100,8 @@ pub(super) enum First<B: Backing> {
     Current,
     /// Nothing to do: no content, so no header.
     Empty,
+    /// Nothing to do: [`Header::Zeros`].
+    NoHeader,
     /// Nothing to do: not there any more, or not one of ours.
     Gone,
     /// Go on with [`second_half`] after a barrier.
@@ -153,7 +157,12 @@ pub(super) fn first_half<B: Backing>(
         Look::Gone => return done(First::Gone),
     };
     for _ in 0..TRIES {
-        let Some((pair, old)) = read_header(&shared.backing, &file, Source::Cache)? else { return done(First::Empty) };
+        let (pair, old) = match read_header(&shared.backing, &file, Source::Cache)? {
+            Header::Slots(read) => *read,
+            Header::None => return done(First::Empty),
+            Header::Zeros if item.reserved => return done(First::Gone),
+            Header::Zeros => return done(First::NoHeader),
+        };
         if item.reserved && !is_header(&pair) {
             return done(First::Gone);
         }
@@ -181,21 +190,35 @@ pub(super) fn first_half<B: Backing>(
     Err(busy())
 }
 
-/// Both slots of a file with content, as far as it has any: of a new file whose first page never reached the disk
-/// there is nothing to move.
+/// What is where a file has its header.
+pub(super) enum Header {
+    /// Slots, whatever is wrong with them.
+    Slots(Box<(SlotPair, Slots)>),
+    /// Nothing, and there is no content: an empty file, or a new one whose first page never reached the disk.
+    None,
+    /// Zeros in place of both slots, and content behind. No wrap is there to be moved or to name a KEK, and what the file
+    /// held opens for nobody: it was new and not synced when the power failed, or the disk has lost what was. Never seen of
+    /// a file that is being made, which has its header before it has content; under the inode's lock not even for a moment.
+    Zeros,
+}
+
+/// Reads both slots of a file.
 ///
 /// # Errors
-/// As [`read_slots`], and what is wrong with both slots.
-pub(super) fn read_header<B: Backing>(b: &B, file: &B::File, from: Source) -> Result<Option<(SlotPair, Slots)>> {
+/// As [`read_slots`].
+pub(super) fn read_header<B: Backing>(b: &B, file: &B::File, from: Source) -> Result<Header> {
     let read = read_slots(b, file, from);
     let damage = match &read {
         Ok(Some((pair, _))) => pair.authoritative().err(),
         Err(StoreError::Damage(d)) => Some(d.clone()),
         _ => None,
     };
-    match damage {
-        Some(d) if is_unborn(b.stat_file(file)?.size, &d) => Ok(None),
-        _ => read,
+    match (read, damage) {
+        (_, Some(d)) if is_unborn(b.stat_file(file)?.size, &d) => Ok(Header::None),
+        (Ok(Some((_, bytes))), _) if is_zeros(&bytes) => Ok(Header::Zeros),
+        (Ok(Some(read)), _) => Ok(Header::Slots(Box::new(read))),
+        (Ok(None), _) => Ok(Header::None),
+        (Err(e), _) => Err(e),
     }
 }
 

@@ -484,10 +484,11 @@ impl<'a, B: Backing> Run<'a, B> {
     }
 
     /// Which of the retired KEKs `old` the scan proved that nothing needs, and which not. It did so for all of them but
-    /// for what was waived: that may be under any KEK, unless its header was read and says which.
+    /// for what was waived: that may be under any KEK, unless its header was read and says which. A file that has no header
+    /// needs none; but if the disk lost that, a backup of the file is all there is of it, and under any KEK, too.
     fn destructible(&self, old: Vec<KekId>) -> (Vec<KekId>, Vec<KekId>) {
         let Some(found) = &self.verified else { return (Vec::new(), old) };
-        let unsaid = found.unsaid > 0 || self.failed.waived.values().any(|f| f.directory);
+        let unsaid = found.unsaid + found.counts.no_header > 0 || self.failed.waived.values().any(|f| f.directory);
         old.into_iter().partition(|id| !unsaid && !found.left.contains(id))
     }
 
@@ -563,6 +564,7 @@ impl<'a, B: Backing> Run<'a, B> {
             kept: self.kept.clone(),
             waived: self.failed.waived.values().cloned().collect(),
             waivers_unused: self.options.waive.paths().filter(unused).map(str::to_owned).collect(),
+            no_header: found.map(|v| v.no_header.clone()).unwrap_or_default(),
             failures: self.failed.named.clone(),
             failures_total: self.failed.total,
             generation: keys.snapshot().generation,

@@ -93,6 +93,7 @@ mod tests {
             kept: Vec::new(),
             waived: Vec::new(),
             waivers_unused: Vec::new(),
+            no_header: Vec::new(),
             failures_total: failures.len() as u64,
             failures,
             generation: 5,

@@ -128,6 +128,8 @@ impl<B: Backing> Sweep<'_, B> {
                         done.found(self.target.id());
                     }
                     Ok(Ok(First::Empty)) => done.counts.empty += 1,
+                    // The scan tells of it.
+                    Ok(Ok(First::NoHeader)) => done.counts.no_header += 1,
                     Ok(Ok(First::Gone)) => done.counts.vanished += 1,
                     Ok(Ok(First::Half(h))) => halves.push((item, *h)),
                     Ok(Err(e)) => self.fail(&mut done.counts, item.shown(), &e),

@@ -8,6 +8,7 @@ mod external;
 mod floor;
 mod live;
 mod model;
+mod no_header;
 mod readers;
 mod refuse;
 mod rekey;

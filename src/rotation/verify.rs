@@ -4,8 +4,8 @@ use super::control::Cancelled;
 use super::destroy::PATHS_MAX;
 use super::failures::Failures;
 use super::pass::{Item, Visitor};
-use super::report::Counts;
-use super::rewrap::{Look, Standing, judge, look, read_header};
+use super::report::{Counts, FAILURES_MAX};
+use super::rewrap::{Header, Look, Standing, judge, look, read_header};
 use super::turns::Turns;
 use crate::backing::{Access, Backing, Kind};
 use crate::format::damage::Damage;
@@ -33,6 +33,8 @@ pub(super) struct Found {
     pub(super) by_kek: BTreeMap<KekId, u64>,
     /// Headers by each KEK that one of their valid slots names.
     pub(super) headers: BTreeMap<KekId, u64>,
+    /// Paths of files with content and no header that nobody waived, at most [`FAILURES_MAX`] of them; `counts` has all.
+    pub(super) no_header: Vec<String>,
     /// Headers of which a slot names the KEK that none should.
     pub(super) unwanted: u64,
     /// The first few of them.
@@ -84,6 +86,7 @@ fn needs(pair: &SlotPair, store: StoreId) -> Needs {
 
 enum Seen {
     Header(Box<(SlotPair, [u8; SLOTS_LEN])>),
+    NoHeader,
     Empty,
     Gone,
     /// No regular file, or one that another program keeps under a name like ours.
@@ -105,15 +108,21 @@ impl<B: Backing> Verify<'_, B> {
         // The lock only keeps a header from being seen half made; it is not needed for one that is whole.
         let _lock = locked.then(|| self.shared.inode_locks.exclusive(stat.dev, stat.ino));
         Ok(match read_header(b, &file, Source::Disk)? {
-            None => Seen::Empty,
-            Some((pair, _)) if item.reserved && pair.a == Err(Damage::HeaderMagic) && pair.a == pair.b => Seen::NotOurs,
-            Some((pair, bytes)) => Seen::Header(Box::new((pair, bytes))),
+            Header::None => Seen::Empty,
+            Header::Zeros if item.reserved => Seen::NotOurs,
+            Header::Zeros => Seen::NoHeader,
+            Header::Slots(read) => match (&read.0.a, &read.0.b) {
+                (Err(Damage::HeaderMagic), Err(Damage::HeaderMagic)) if item.reserved => Seen::NotOurs,
+                _ => Seen::Header(read),
+            },
         })
     }
 
     fn judge(&self, item: &Item<B>, locked: bool, found: &mut Found, said: &mut Needs) -> StoreResult<()> {
         let (pair, bytes) = match self.read(item, locked)? {
             Seen::Header(read) => *read,
+            Seen::NoHeader if !locked => return self.judge(item, true, found, said),
+            Seen::NoHeader => return self.no_header(item.shown(), found, said),
             Seen::Empty => {
                 found.counts.empty += 1;
                 return Ok(());
@@ -162,6 +171,21 @@ impl<B: Backing> Verify<'_, B> {
         Ok(())
     }
 
+    /// No header names a KEK here, so nothing is left undone, and nothing is proved of the file either: it is told. For one
+    /// that is waived somebody answers, as for any other that does not open.
+    fn no_header(&self, path: String, found: &mut Found, said: &mut Needs) -> StoreResult<()> {
+        if self.failures.is_waived(&path) {
+            *said = Needs::Keks(Vec::new());
+            return Err(Damage::HeaderMagic.into());
+        }
+        found.counts.no_header += 1;
+        tracing::warn!(path, "rotation: content without a header");
+        if found.no_header.len() < FAILURES_MAX {
+            found.no_header.push(path);
+        }
+        Ok(())
+    }
+
     fn one(&self, item: &Item<B>, found: &mut Found) {
         let mut said = Needs::Unsaid;
         let result = match self.judge(item, false, found, &mut said) {
@@ -195,6 +219,8 @@ impl<B: Backing> Visitor<B> for Verify<'_, B> {
         all.excused.extend(found.excused);
         all.left.extend(found.left);
         all.unsaid += found.unsaid;
+        all.no_header.extend(found.no_header);
+        all.no_header.truncate(FAILURES_MAX);
         for (kek, n) in found.by_kek {
             *all.by_kek.entry(kek).or_default() += n;
         }

@@ -66,6 +66,12 @@ pub fn is_unborn(size: u64, d: &Damage) -> bool {
         && matches!(d, Damage::HeaderMagic | Damage::HeaderUnreadable | Damage::HeaderShort)
 }
 
+/// Whether there are only zeros where both slots should be: then there is no wrap, and none was ever damaged into this by
+/// flipped bits. In a file that has content see [`is_unborn`] for one that has none.
+pub fn is_zeros(slots: &[u8; SLOTS_LEN]) -> bool {
+    slots.iter().all(|b| *b == 0)
+}
+
 /// The DEK of a header, and how it was come by.
 pub struct Opened {
     pub dek: Arc<Dek>,

@@ -45,6 +45,14 @@ fn all_shares_together_are_one_report() {
     assert_eq!((all.outcome, all.started, all.passes, all.shares.len()), (Outcome::Complete, 100, 6, 3));
     assert_eq!((all.sweep.rewrapped, all.verify.unwrap().current), (9, 9));
     assert_eq!((all.slots_by_kek[&NEW], all.headers_by_kek[&NEW]), (18, 9));
+    // What has content and no header spoils no share, and is told of the whole.
+    let mut odd = reports.clone();
+    for (r, path) in odd.iter_mut().zip(["a", "b"]) {
+        r.verify = Some(Counts { scanned: 3, current: 2, no_header: 1, ..Counts::default() });
+        r.no_header = vec![path.into()];
+    }
+    let all = sum(&judge(&odd, STORE, NEW).unwrap(), STORE, NEW);
+    assert_eq!((all.verify.unwrap().no_header, &all.no_header[..]), (2, &["a".to_owned(), "b".to_owned()][..]));
     // Order and copies do not matter.
     let mut many = reports.clone();
     many.reverse();

@@ -115,6 +115,8 @@ fn others_go_on_working() {
     });
     let (reports, want) = reports;
     assert!(reports.iter().all(|r| r.outcome == Outcome::Complete), "{reports:?}");
+    let no_header = |r: &Report| r.sweep.no_header + r.verify.unwrap().no_header;
+    assert!(reports.iter().all(|r| no_header(r) == 0), "a file that is being made has its header first: {reports:?}");
     store.close().unwrap();
     assert_eq!(keks_below(t.path()), BTreeSet::from([reports[1].target]));
     assert_eq!(read_all(&store), want);

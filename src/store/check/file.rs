@@ -12,7 +12,7 @@ use crate::format::ids::{FileId, KekId};
 use crate::format::keyring::KekState;
 use crate::format::state::{self, CLEAN, Entry, FileState, SPARSE, SegmentState, TRUNCATING};
 use crate::store::error::Result;
-use crate::store::header::{is_unborn, unwrap_slot};
+use crate::store::header::{is_unborn, is_zeros, unwrap_slot};
 
 /// What a file's blocks are judged by.
 struct Content {
@@ -74,6 +74,12 @@ impl<B: Backing> Checker<'_, B> {
                 let d = other.and_then(|p| p.authoritative().map(|_| ())).err().unwrap_or(Damage::HeaderUnreadable);
                 if is_unborn(stat.size, &d) {
                     self.add(path, "unborn", "a new file that a crash kept from getting content", Severity::Note);
+                    return Ok(());
+                }
+                if page.first_chunk().is_some_and(is_zeros) {
+                    let what = "zeros in place of the header, so that the content opens for nobody: a new file that was not \
+                                synced before a power cut, or the disk lost it; put it back from a backup, or remove it";
+                    self.add(path, "no-header", what, Severity::Damage);
                     return Ok(());
                 }
                 return Err(d.into());

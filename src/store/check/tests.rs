@@ -149,6 +149,12 @@ fn each_damage_has_its_code() {
             Box::new(|d| d.write_raw(&small, 0, &[1; 4096]).unwrap()),
         ),
         (
+            "lost first page of content",
+            Some(("no-header", D)),
+            Some(("no-header", D)),
+            Box::new(|d| d.write_raw(&small, 0, &[0; 4096]).unwrap()),
+        ),
+        (
             "lost first page",
             Some(("unborn", N)),
             Some(("unborn", N)),

@@ -332,3 +332,40 @@ fn a_list_that_is_too_long_is_refused_and_not_cut_in_the_middle_of_a_line() {
     fs::write(b.path("list"), vec![b'#'; most]).unwrap();
     b.ok("rotate back --waive DIR/list");
 }
+
+#[test]
+fn a_file_without_a_header_is_told_everywhere_and_in_nobodys_way() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(3);
+    b.ok("unmount mnt");
+    let old = keks(&b, "active")[0]["id"].as_str().unwrap().to_owned();
+    let mut bytes = fs::read(b.path("back/1")).unwrap();
+    bytes[..4096].fill(0);
+    fs::write(b.path("back/1"), bytes).unwrap();
+    let o = b.run("check back");
+    let said_by_check = b.masked(&o.stdout);
+    assert_eq!(o.status.code(), Some(8));
+    assert!(
+        said_by_check.contains("zeros in place of the header") && said_by_check.contains("or remove it"),
+        "{said_by_check}"
+    );
+    let o = b.run("rotate back --destroy-old --report r");
+    let (out, err) = (b.masked(&o.stdout), b.masked(&o.stderr));
+    assert_eq!(o.status.code(), Some(0), "{err}");
+    assert!(out.starts_with("complete: 3 files moved") && out.contains("\nno header: 1\n"), "{out}");
+    assert!(
+        err.contains("envelopefs: 1 file with content and no header") && err.contains("KEK ID was not destroyed"),
+        "{err}"
+    );
+    let words = b.ok("key verify-report r back");
+    assert!(words.contains("\nno header  1 files with content\n  1\n"), "{words}");
+    assert!(words.ends_with("and no other; nothing of files that have content and no header\n"), "{words}");
+    let o = b.run(&format!("key destroy back {old} --yes"));
+    assert!(b.masked(&o.stderr).contains("1 file has content and no header: 1; "), "{}", b.masked(&o.stderr));
+    assert_eq!(keks(&b, "retired")[0]["id"], old);
+    fs::remove_file(b.path("back/1")).unwrap();
+    b.ok(&format!("key destroy back {old} --yes"));
+    assert!(keks(&b, "retired").is_empty());
+}

@@ -73,7 +73,7 @@ fn below(disk: &SimDisk, dir: &SimNode, path: &[u8], most: usize, out: &mut Vec<
 }
 
 /// Removes what nobody can list, because the file that holds the rest of its long name never reached the disk. No sync has
-/// promised it.
+/// promised it. Of files only those with a torn header: one that has none at all is in no rotation's way.
 pub fn remove_unlisted(disk: &SimDisk, dir: &SimNode) {
     let read = |name: &[u8]| -> std::io::Result<Vec<u8>> {
         let file = disk.open(&disk.lookup(dir, name)?, Access::Read)?;
@@ -96,7 +96,14 @@ pub fn remove_unlisted(disk: &SimDisk, dir: &SimNode) {
                 clear(disk, &node);
                 disk.rmdir(dir, &e.name).unwrap();
             }
-            (false, false) => disk.unlink(dir, &e.name).unwrap(),
+            (false, false) => {
+                let file = disk.open(&node, Access::Read).unwrap();
+                let mut slots = [0; 2 * SLOT];
+                read_into(disk, &file, &mut slots, 0).unwrap();
+                if slots.iter().any(|b| *b != 0) {
+                    disk.unlink(dir, &e.name).unwrap();
+                }
+            }
         }
     }
 }

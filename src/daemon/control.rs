@@ -177,7 +177,7 @@ impl Control {
             root.insert(0, guard::around(Arc::new(key), &uri, &o));
         }
         let done = self.keeper.unlock(&root)?;
-        Ok(KeysReply { changed: true, restored: done.restored, failed: done.failed, keys: self.keeper.status() })
+        Ok(KeysReply { changed: true, regained: done.regained, failed: done.failed, keys: self.keeper.status() })
     }
 
     fn rotate(&self, r: &RotateRequest, client: &mut Client) -> io::Result<()> {

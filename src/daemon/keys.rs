@@ -128,7 +128,7 @@ impl KeyKeeper {
         let done = self.store.unlock_keys(root).map_err(|e| Fault::store(&self.backing, &e))?;
         self.job.release();
         self.tell(StoreChange::Unlock, "on request");
-        tracing::info!("keys unlocked; {} open files have theirs again, {} do not", done.restored, done.failed);
+        tracing::info!("keys unlocked; {} open files have theirs again, {} do not", done.regained, done.failed);
         Ok(done)
     }
 
@@ -170,7 +170,7 @@ impl KeyKeeper {
             Ok(done) => {
                 self.job.release();
                 self.tell(StoreChange::Unlock, "the key service unwraps again");
-                tracing::info!("keys are back; {} open files have theirs again, {} do not", done.restored, done.failed);
+                tracing::info!("keys are back; {} open files have theirs again, {} do not", done.regained, done.failed);
             }
             Err(e) => tracing::warn!("the key service unwraps again, and yet the keys did not come back: {e}"),
         }

@@ -342,7 +342,7 @@ pub struct KeysReply {
     /// There was something to do.
     pub changed: bool,
     /// Files that were open and have their keys again.
-    pub restored: u64,
+    pub regained: u64,
     /// Files that were open and do not.
     pub failed: u64,
     pub keys: KeysStatus,

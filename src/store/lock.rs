@@ -28,7 +28,7 @@ const LEAVING_LOOK: Duration = Duration::from_millis(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Unlocked {
     /// Files that have their keys again.
-    pub restored: u64,
+    pub regained: u64,
     /// Files that do not; each is logged, and tried again when it is used.
     pub failed: u64,
 }
@@ -73,7 +73,7 @@ impl<B: Backing> Store<B> {
     pub fn unlock_keys(&self, root: &[Arc<dyn KeyProvider>]) -> Result<Unlocked> {
         self.shared().keys.reopen(root)?;
         self.shared().renew_keys();
-        Ok(self.restore_files())
+        Ok(self.regain_keys())
     }
 
     /// The same after a refusal was taken back, with the root keys that are still at hand. Does nothing if it was not a
@@ -88,7 +88,7 @@ impl<B: Backing> Store<B> {
         }
         keys.reopen_with_connected()?;
         self.shared().renew_keys();
-        Ok(self.restore_files())
+        Ok(self.regain_keys())
     }
 
     /// After a refusal that leaves open files their keys: nothing else keeps a DEK.
@@ -119,11 +119,11 @@ impl<B: Backing> Store<B> {
 
     /// Files that are open get their keys back now, and not when they are next used: that may be when the key service is
     /// away again, and a file that is open is to work then.
-    fn restore_files(&self) -> Unlocked {
+    fn regain_keys(&self) -> Unlocked {
         let mut done = Unlocked::default();
         for core in self.table.cores() {
-            match FileCore::restore_keys(&core) {
-                Ok(true) => done.restored += 1,
+            match FileCore::regain_keys(&core) {
+                Ok(true) => done.regained += 1,
                 Ok(false) => {}
                 Err(e) => {
                     done.failed += 1;

@@ -73,7 +73,7 @@ impl<B: Backing> FileCore<B> {
     ///
     /// # Errors
     /// As [`FileCore::open`]; the next use of the file tries again.
-    pub(in crate::store) fn restore_keys(&self) -> Result<bool> {
+    pub(in crate::store) fn regain_keys(&self) -> Result<bool> {
         let mut inner = self.inner.write();
         if inner.dropped.is_none() || inner.file.is_none() {
             return Ok(false);

@@ -457,7 +457,7 @@ fn an_open_file_whose_header_was_exchanged_under_a_lock_does_not_come_back() {
         rig.disk.write_raw(p, 0, image).unwrap();
     }
     let done = rig.store.unlock_keys(&roots(&[&rig.service])).unwrap();
-    assert_eq!((done.restored, done.failed), (0, 2));
+    assert_eq!((done.regained, done.failed), (0, 2));
     for f in [&a, &b] {
         assert!(matches!(all(f), Err(StoreError::Damage(Damage::Commitment))));
         assert!(f.write(0, b"x").is_err());
@@ -482,7 +482,7 @@ fn a_refusal_that_drops_keys_brings_them_back_by_itself() {
     assert_eq!(rig.keys().ask_service(), Change::None);
     rig.service.always(Behaviour::Obey);
     assert_eq!(rig.keys().ask_service(), Change::Restored);
-    assert_eq!(rig.store.unlock_after_refusal().unwrap().restored, 1);
+    assert_eq!(rig.store.unlock_after_refusal().unwrap().regained, 1);
     assert_eq!(all(&held).unwrap(), b"held");
     assert_eq!(rig.read(&node).unwrap(), b"held");
     // One that an operator locks over it waits for the operator.
@@ -493,7 +493,7 @@ fn a_refusal_that_drops_keys_brings_them_back_by_itself() {
     rig.service.always(Behaviour::Obey);
     let before = rig.calls();
     assert_eq!(rig.keys().ask_service(), Change::None);
-    assert_eq!(rig.store.unlock_after_refusal().unwrap().restored, 0);
+    assert_eq!(rig.store.unlock_after_refusal().unwrap().regained, 0);
     assert_eq!(rig.calls(), before, "no root key is there to be asked");
     locked(all(&held));
     rig.unlock();
@@ -650,7 +650,7 @@ fn a_store_opened_read_only_is_locked_and_unlocked_without_a_write() {
     assert!(store.open_may_wait() && !rig.store.open_may_wait(), "for a KEK that somebody else has made");
     store.lock_keys(LockedBy::Operator).unwrap();
     locked(all(&f));
-    assert_eq!(store.unlock_keys(&roots(&[&rig.service])).unwrap().restored, 1);
+    assert_eq!(store.unlock_keys(&roots(&[&rig.service])).unwrap().regained, 1);
     assert_eq!(all(&f).unwrap(), [5; 10_000]);
 }
 

@@ -12,6 +12,7 @@ use crate::format::damage::Damage;
 use crate::format::geometry::{Copy2, SLOT, slot_offset};
 use crate::format::header::{Slot, SlotPair};
 use crate::format::ids::{KekId, StoreId};
+use crate::kms::KmsError;
 use crate::kms::event::Operation;
 use crate::kms::guard::lane::Background;
 use crate::store::Result;
@@ -306,6 +307,8 @@ fn by_service<B: Backing>(
     let new = rewrap_slot(target, slot, sequence);
     match &new {
         Err(StoreError::Kms(e)) if e.is_retryable() => {}
+        // Said already, and not once for each header.
+        Err(StoreError::Kms(KmsError::Denied(_))) => return Ok(None),
         Err(e) => {
             tracing::warn!(file = %slot.file, "the key service's own re-wrap is no use, so the header is moved the usual way: {e}");
             return Ok(None);

@@ -9,6 +9,8 @@ moto keeps the keys, aliases and replicas, and checks the requests. Added here, 
   - RotateKeyOnDemand makes new key material; older ciphertexts still decrypt; answers name the material
   - the material of a multi-Region key is shared by its replicas
   - keys can be enabled, disabled, deleted and replicated by their ARN
+  - PutKeyPolicy counts: who asks is anybody, conditions are not looked at, and an action that no statement allows or
+    one denies answers AccessDeniedException (of Encrypt, Decrypt, ReEncryptFrom and ReEncryptTo)
   - every answer has a request id
 
 Control, by HTTP on the same port, with JSON bodies:
@@ -26,6 +28,7 @@ Signatures are not checked. The region comes from the request's credential scope
 """
 
 import argparse
+import fnmatch
 import hashlib
 import json
 import os
@@ -73,6 +76,16 @@ class IncorrectKeyException(JsonRESTError):
         )
 
 
+class AccessDeniedException(JsonRESTError):
+    code = 400
+
+    def __init__(self, arn, action):
+        super().__init__(
+            "AccessDeniedException",
+            f"User: arn:aws:iam::123456789012:user/test is not authorized to perform: {action} on resource: {arn}",
+        )
+
+
 # --- Keys, their material, and ciphertexts ---------------------------------------------------------------------------
 
 
@@ -90,6 +103,19 @@ def check_usable(key):
         raise DisabledException(key.arn)
     if key.key_state != "Enabled":
         raise InvalidStateException(key.arn, "pending deletion" if key.key_state == "PendingDeletion" else key.key_state)
+
+
+def check_allowed(key, action):
+    def effects():
+        for statement in json.loads(key.policy)["Statement"]:
+            actions = statement["Action"]
+            for pattern in [actions] if isinstance(actions, str) else actions:
+                if fnmatch.fnmatchcase(action.lower(), pattern.lower()):
+                    yield statement["Effect"]
+
+    said = set(effects())
+    if "Allow" not in said or "Deny" in said:
+        raise AccessDeniedException(key.arn, action)
 
 
 class Ciphertext:
@@ -152,22 +178,33 @@ def install_rules():
             raise NotFoundException(f"Key '{key_id}' does not exist")
         return key_id
 
-    def encrypt(self, key_id, plaintext, encryption_context):
+    def encrypt(self, key_id, plaintext, encryption_context, action="kms:Encrypt"):
         if len(plaintext) > PLAINTEXT_MAX:
             raise ValidationException("1 validation error detected: Value at 'plaintext' is too long")
         key = self.keys[self.any_id_to_key_id(key_id)]
+        check_allowed(key, action)
         check_usable(key)
         return bytes(Ciphertext.seal(key, plaintext, encryption_context)), key.arn
 
-    def decrypt(self, ciphertext_blob, encryption_context, key_id=None):
+    def decrypt(self, ciphertext_blob, encryption_context, key_id=None, action="kms:Decrypt"):
         ciphertext = Ciphertext.parse(ciphertext_blob)
         if key_id is not None and self.any_id_to_key_id(key_id) != ciphertext.key_id:
             raise IncorrectKeyException()
         if ciphertext.key_id not in self.keys:
             raise InvalidCiphertextException()
         key = self.keys[ciphertext.key_id]
+        check_allowed(key, action)
         check_usable(key)
         return ciphertext.open(key, encryption_context), key.arn
+
+    def re_encrypt(self, ciphertext_blob, source_encryption_context, destination_key_id, destination_encryption_context):
+        plaintext, source = self.decrypt(
+            ciphertext_blob, source_encryption_context, action="kms:ReEncryptFrom"
+        )
+        new, destination = self.encrypt(
+            destination_key_id, plaintext, destination_encryption_context, action="kms:ReEncryptTo"
+        )
+        return new, source, destination
 
     def rotate_key_on_demand(self, key_id):
         key = self.keys[self.any_id_to_key_id(key_id)]
@@ -187,7 +224,7 @@ def install_rules():
     for name in ("disable_key", "enable_key", "schedule_key_deletion", "cancel_key_deletion", "replicate_key"):
         by_any_id(name)
     KmsBackend.create_key, KmsBackend.any_id_to_key_id = create_key, any_id_to_key_id
-    KmsBackend.encrypt, KmsBackend.decrypt = encrypt, decrypt
+    KmsBackend.encrypt, KmsBackend.decrypt, KmsBackend.re_encrypt = encrypt, decrypt, re_encrypt
     KmsBackend.rotate_key_on_demand = rotate_key_on_demand
 
 

@@ -203,14 +203,19 @@ impl KekHandle {
     /// does not come here. What comes back is not proved.
     ///
     /// # Errors
-    /// As [`KekHandle::wrap`]; the provider's, also that it lets us wrap and unwrap but not re-wrap.
+    /// As [`KekHandle::wrap`]; the provider's, also that it lets us wrap and unwrap but not re-wrap. That is logged, once,
+    /// and [`KekHandle::rewraps`] says no from then on.
     pub fn rewrap(&self, from: &[u8], to: &[u8], file: FileId, wrapped: &[u8]) -> Result<Vec<u8>> {
         self.check_active()?;
         let Wrapper::External(p) = &self.wrapper else { return Err(KmsError::Config("no service".into()).into()) };
         let moved = p.rewrap(wrapped, &self.context(from, file), &self.context(to, file));
         match &moved {
-            // A permission of its own, which says nothing of the others.
-            Err(KmsError::Denied(_)) => self.no_rewrap.store(true, Ordering::Relaxed),
+            // A permission of its own, which says nothing of the others. Many calls may be under way: one of them tells.
+            Err(e @ KmsError::Denied(_)) if !self.no_rewrap.swap(true, Ordering::Relaxed) => tracing::warn!(
+                kek = %self.id,
+                "the key service does not let us re-wrap; each header takes an unwrap and a wrap instead: {e}"
+            ),
+            Err(KmsError::Denied(_)) => {}
             r => self.report(r),
         }
         bounded(moved?).map_err(Into::into)

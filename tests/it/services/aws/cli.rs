@@ -157,6 +157,35 @@ fn an_external_store_needs_a_call_for_each_create_and_each_cold_open() {
     assert_eq!(sealed.total(), 0, "{sealed:?}");
 }
 
+/// Whoever may wrap and unwrap need not be let re-wrap: that costs a call a file and one warning.
+#[test]
+fn a_key_policy_without_re_encrypt_costs_a_call_a_file_and_one_warning() {
+    for (action, lacks) in [("kms:ReEncrypt*", "kms:ReEncryptFrom"), ("kms:ReEncryptTo", "kms:ReEncryptTo")] {
+        let s = Site::new();
+        let arn = s.kms.create_alias("alias/store");
+        s.ok("init back --kek external --key aws-kms://alias/store");
+        let statements = [("Allow", "kms:*"), ("Deny", action)]
+            .map(|(effect, action)| json!({"Effect": effect, "Principal": "*", "Action": action, "Resource": "*"}));
+        let policy = json!({"Version": "2012-10-17", "Statement": statements}).to_string();
+        s.kms.admin("PutKeyPolicy", json!({"KeyId": arn, "PolicyName": "default", "Policy": policy}));
+        s.ok("mount back mnt --log-file DIR/log");
+        s.write();
+        let rotated = s.calls(|| s.ok("rotate mnt --kek external --key aws-kms://alias/store"));
+        // As many as were under way when the first was denied.
+        assert!((1..=16).contains(&rotated.of("ReEncrypt")), "{rotated:?}");
+        // And what the new KEK is ready with.
+        assert!((FILES..=FILES + 68).contains(&rotated.of("Encrypt")), "{rotated:?}");
+        assert!((2 * FILES..=2 * FILES + 8).contains(&rotated.of("Decrypt")), "{rotated:?}");
+        s.read();
+        let log = fs::read_to_string(s.b.path("log")).unwrap();
+        let told: Vec<&str> = log.lines().filter(|l| l.contains("ReEncrypt")).collect();
+        assert_eq!(told.len(), 1, "{told:#?}");
+        assert!(told[0].contains("WARN") && told[0].contains("re-wrap") && told[0].contains(lacks), "{}", told[0]);
+        assert!(told[0].contains("allow kms:ReEncryptFrom and kms:ReEncryptTo"), "{}", told[0]);
+        s.ok("unmount mnt");
+    }
+}
+
 /// The SDK's own chain, endpoint included; moto is STS too, which gives out the last two.
 #[test]
 fn credentials_region_and_endpoint_are_found_as_amazons_own_tools_find_them() {

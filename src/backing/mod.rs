@@ -134,7 +134,11 @@ pub trait Backing: Send + Sync + Sized + 'static {
     /// stat(2) of a child without making a node of it.
     fn stat_at(&self, dir: &Self::Node, name: &[u8]) -> io::Result<Stat>;
     /// Entries of a directory, all of them, in the directory's order.
-    fn read_dir(&self, dir: &Self::Node) -> io::Result<Vec<DirEntry>>;
+    fn read_dir(&self, dir: &Self::Node) -> io::Result<Vec<DirEntry>> {
+        Ok(self.read_dir_up_to(dir, usize::MAX)?.unwrap_or_default())
+    }
+    /// The same; `None` if there are more than `most`, of which no more are read.
+    fn read_dir_up_to(&self, dir: &Self::Node, most: usize) -> io::Result<Option<Vec<DirEntry>>>;
     /// Opens the regular file `node`. If the permission bits keep its own owner out (mode 0200, 0444, 0000) and the
     /// daemon is the owner, it is opened all the same: those bits are for users of the mount, and the kernel has
     /// checked them there.

@@ -166,16 +166,19 @@ impl Backing for Posix {
         stat_of(&stat)
     }
 
-    fn read_dir(&self, dir: &Node) -> io::Result<Vec<DirEntry>> {
+    fn read_dir_up_to(&self, dir: &Node, most: usize) -> io::Result<Option<Vec<DirEntry>>> {
         let mut entries = Vec::new();
         for entry in rustix::fs::Dir::new(reopen_dir(dir.as_fd())?)? {
             let entry = entry?;
             let name = entry.file_name().to_bytes();
             if !matches!(name, b"." | b"..") {
+                if entries.len() == most {
+                    return Ok(None);
+                }
                 entries.push(DirEntry { name: name.to_vec(), ino: entry.ino(), kind: kind_of(entry.file_type()) });
             }
         }
-        Ok(entries)
+        Ok(Some(entries))
     }
 
     fn open(&self, node: &Node, access: Access) -> io::Result<File> {

@@ -297,11 +297,15 @@ impl Backing for SimDisk {
         Ok(stat_of(ino, state.inode(ino)?))
     }
 
-    fn read_dir(&self, dir: &SimNode) -> io::Result<Vec<DirEntry>> {
+    fn read_dir_up_to(&self, dir: &SimNode, most: usize) -> io::Result<Option<Vec<DirEntry>>> {
         let state = self.begin(Op::ReadDir, &[dir])?;
         let entries = &state.dir(dir.ino)?.entries;
+        if entries.len() > most {
+            return Ok(None);
+        }
         let kind = |ino| Some(state.inodes.get(ino)?.meta.kind);
-        Ok(entries.iter().map(|(name, ino)| DirEntry { name: name.clone(), ino: *ino, kind: kind(ino) }).collect())
+        let all = entries.iter().map(|(name, ino)| DirEntry { name: name.clone(), ino: *ino, kind: kind(ino) });
+        Ok(Some(all.collect()))
     }
 
     fn open(&self, node: &SimNode, access: Access) -> io::Result<SimFile> {

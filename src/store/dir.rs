@@ -152,6 +152,12 @@ impl<B: Backing> Store<B> {
     /// # Errors
     /// As [`Store::read_dir`].
     pub fn list(&self, dir: &Arc<Node<B>>) -> Result<(Vec<Entry>, Vec<LeftOut>)> {
+        Ok(self.list_up_to(dir, usize::MAX)?.unwrap_or_default())
+    }
+
+    /// As [`Store::list`]; `None` if there are more than `most` entries in the backing directory, of which a long name has
+    /// two. Then no name was looked at.
+    pub(super) fn list_up_to(&self, dir: &Arc<Node<B>>, most: usize) -> Result<Option<(Vec<Entry>, Vec<LeftOut>)>> {
         let state = dir.dir()?;
         let _entries = state.lock.read();
         let fd = dir.fd(self.backing())?;
@@ -159,12 +165,12 @@ impl<B: Backing> Store<B> {
             Some(keys) => match self.dir_id(dir, keys) {
                 Ok(id) => Some((keys, id)),
                 // Removed while it was open: an empty listing, as everywhere.
-                Err(StoreError::NotFound) => return Ok(Default::default()),
+                Err(StoreError::NotFound) => return Ok(Some(Default::default())),
                 Err(e) => return Err(e),
             },
             None => None,
         };
-        let found = self.backing().read_dir(&fd)?;
+        let Some(found) = self.backing().read_dir_up_to(&fd, most)? else { return Ok(None) };
         let mut out = Vec::with_capacity(found.len());
         let mut bad: Vec<LeftOut> = Vec::new();
         for e in found {
@@ -189,7 +195,7 @@ impl<B: Backing> Store<B> {
             let bad = bad.len();
             tracing::warn!(inode = dir.key().1, "{bad} entries with names that are not this directory's left out");
         }
-        Ok((out, bad))
+        Ok(Some((out, bad)))
     }
 
     fn entry(&self, dir: &B::Node, name: Vec<u8>, e: DirEntry) -> Result<Option<Entry>> {

@@ -187,6 +187,8 @@ fn a_large_directory_is_read_whole() {
     found.sort();
     expected.sort();
     assert_eq!(found, expected);
+    assert_eq!(b.read_dir_up_to(&root, 1500).unwrap().unwrap().len(), 1500);
+    assert_eq!(b.read_dir_up_to(&root, 1499).unwrap(), None);
 }
 
 #[test]

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Directories in which something is remembered.
 const DIRS_MAX: usize = 8;
-/// Files of a directory that is looked at.
-const FILES_MAX: usize = 20_000;
+/// Entries of a directory that is looked at, in the backing directory. Of a larger one no more are read.
+const ENTRIES_MAX: usize = 20_000;
 /// How long it is remembered what was opened last.
 const AGE_MAX: Duration = Duration::from_secs(30);
 
@@ -162,10 +162,7 @@ impl<B: Backing> Store<B> {
     }
 
     fn run_from(&self, dir: &Arc<Node<B>>, first: &[u8], second: &[u8]) -> std::result::Result<Option<Run>, TooMany> {
-        let entries = self.read_dir(dir).map_err(|_| TooMany)?;
-        if entries.len() > FILES_MAX {
-            return Err(TooMany);
-        }
+        let Ok(Some((entries, _))) = self.list_up_to(dir, ENTRIES_MAX) else { return Err(TooMany) };
         let files = entries.into_iter().filter(|e| e.kind == Kind::File).map(|e| (e.name, e.backing)).collect();
         Ok(Run::begin(Listing::new(files), first, second, self.shared().ahead.window()))
     }
@@ -217,7 +214,7 @@ fn still_has<B: Backing>(b: &B, file: &B::File, id: FileId) -> bool {
     is_linked && header::read_slots(b, file, Source::Cache).is_ok_and(|read| read.is_some_and(|(pair, _)| same(&pair)))
 }
 
-/// More files than are looked at, or they cannot be listed.
+/// More entries than are looked at, or they cannot be listed.
 struct TooMany;
 
 #[cfg(test)]

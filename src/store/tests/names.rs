@@ -3,6 +3,7 @@
 use super::super::SetAttr;
 use super::*;
 use crate::backing::Access;
+use crate::backing::sim::Op;
 use crate::backing::{RenameMode, XattrMode};
 
 super::on_each_backing!(
@@ -534,4 +535,18 @@ fn a_rename_that_fails_half_way_is_on_the_list_of_moves() {
         });
         assert!(listed && !moved.overflowed, "{fails}: {done:?}");
     }
+}
+
+/// It listed the whole directory, names decrypted and sidecars read, to find that it had too many.
+#[test]
+fn a_listing_with_a_limit_looks_at_no_name_of_a_directory_that_has_more() {
+    let (disk, s) = new_sim();
+    (0..4).for_each(|n| drop(s.create(&s.root(), &long(b'a' + n), 0o644, 0, None).unwrap()));
+    // Four files, each with the one that holds the rest of its name, and the directory's id and folder.
+    let (all, _) = s.list_up_to(&s.root(), 10).unwrap().unwrap();
+    assert_eq!(all.len(), 4);
+    // Whoever opens a file from now on, as for the rest of a name, gets an error.
+    disk.fail_from(Some(Op::Open), 0, libc::EIO);
+    assert!(s.list_up_to(&s.root(), 10).unwrap().is_some_and(|(names, bad)| names.is_empty() && bad.len() == 4));
+    assert_eq!(s.list_up_to(&s.root(), 9).unwrap(), None);
 }

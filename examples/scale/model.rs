@@ -309,9 +309,9 @@ impl World<'_> {
 fn limits_of(client: Client, p: &Provider, machines: u32) -> Limits {
     let part = (p.quota * 9 / 10 / machines).max(1);
     match client {
-        Client::Default => Limits::default(),
-        Client::Fitted => Limits { calls_per_second: part, burst: part, rotation_share: 100, ..Limits::default() },
-        Client::Unlimited => Limits { calls_per_second: 0, rotation_share: 100, ..Limits::default() },
+        Client::Default => Limits::default().without_users(),
+        Client::Fitted => Limits { calls_per_second: part, burst: part, ..Limits::default() }.without_users(),
+        Client::Unlimited => Limits { calls_per_second: 0, ..Limits::default() }.without_users(),
     }
 }
 
@@ -489,9 +489,9 @@ fn sealed(out: &mut String) {
 fn external(out: &mut String) {
     out.push_str(
         "\n### External to external\n\nThe service is the limit, and more machines help up to its quota only. \"default\": \
-         `[services.limits]` as it is without being set: 500 calls a second for each machine, half of them for a rotation. \
-         \"fitted\": nine tenths of the quota, divided by the machines, and `rotation_share = 100`. \"unlimited\": \
-         `calls_per_second = 0` and `rotation_share = 100`, to see what throttling does. Time is \
+         `[services.limits]` as it is without being set: 500 calls a second for each machine, all of them for the rotation, \
+         since the store has no users. \"fitted\": nine tenths of the quota, divided by the machines. \"unlimited\": \
+         `calls_per_second = 0`, to see what throttling does. Time is \
          sweep, scan and listing together; USD count every attempt.\n\n| service | machines | limits | headers a second | \
          attempts a header | throttled | time | calls | USD |\n|---|---|---|---|---|---|---|---|---|\n",
     );

@@ -150,7 +150,7 @@ fn offline(
 ) -> Result<(), Fault> {
     let fail = |e: &crate::store::StoreError| Fault::store(&place.backing, e);
     let _lock = VolumeLock::take(&place.backing, "rotate").map_err(|f| beside(place, f))?;
-    let config = Config::load(a.open.access.config.as_deref())?;
+    let config = config_of(a)?;
     let observed = Observed::start(audit::options_of(&config, &place.backing)?.as_ref(), place.keyring.store)?;
     let (b, keys) = open_keys(a, place, &config, &observed)?;
     let new = root_keys::new_passphrase(a.new_passphrase_file.as_deref(), &a.open.access);
@@ -191,6 +191,16 @@ fn offline(
     let (sealed, report) = report.map_err(|e| fail(&e))?;
     closed.map_err(|e| fail(&e))?;
     finish(&report, Some(&sealed), file, a)
+}
+
+/// The configuration of a rotation in this process, which has no users.
+///
+/// # Errors
+/// As [`Config::load`].
+pub(super) fn config_of(a: &RotateArgs) -> Result<Config, Fault> {
+    let mut config = Config::load(a.open.access.config.as_deref())?;
+    config.services.limits = config.services.limits.without_users();
+    Ok(config)
 }
 
 /// Opens the store in this process.
@@ -391,4 +401,26 @@ fn counted(r: &Report) -> String {
         "dry run: {} files, {} without a header, {} under KEK {} already, {todo} to move\n",
         c.scanned, c.empty, c.current, r.target
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+    use crate::kms::services::Limits;
+    use clap::Parser;
+
+    #[test]
+    fn a_rotation_that_has_no_users_leaves_nothing_of_the_limits_to_any() {
+        let d = tempfile::tempdir().unwrap();
+        let config = d.path().join("config.toml");
+        std::fs::write(&config, "[services.limits]\nrotation_share = 10\ncalls_per_second = 7\n").unwrap();
+        let config = config.to_str().unwrap();
+        for words in [&["back"][..], &["back", "--shard", "1/2"]] {
+            let all = [&["envelopefs", "rotate"], words, &["--config", config]].concat();
+            let Command::Rotate(a) = Cli::try_parse_from(all).unwrap().command else { unreachable!() };
+            let limits = config_of(&a).unwrap().services.limits;
+            assert_eq!(limits, Limits { calls_per_second: 7, rotation_share: 100, ..Limits::default() });
+        }
+    }
 }

@@ -5,7 +5,7 @@ use super::config::Config;
 use super::keyring::ExportFile;
 use super::place::Place;
 use super::progress::Meter;
-use super::rotate::{Shown, finish, on_signal, open_keys, report_file};
+use super::rotate::{Shown, config_of, finish, on_signal, open_keys, report_file};
 use super::{audit, report};
 use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
@@ -29,7 +29,7 @@ use std::time::Duration;
 pub fn run(a: &RotateArgs, shard: Shard, place: &Place) -> Result<(), Fault> {
     let file = report_file(a, place)?;
     let export = a.export.as_deref().map(|file| ExportFile::of_rotation(place, file)).transpose()?;
-    let config = Config::load(a.open.access.config.as_deref())?;
+    let config = config_of(a)?;
     let observed = Observed::start(audit::options_of(&config, &place.backing)?.as_ref(), place.keyring.store)?;
     let options = Options {
         kek: a.kek.map(Into::into),

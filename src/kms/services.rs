@@ -47,7 +47,7 @@ pub struct Limits {
     pub breaker_pause_max: u64,
     /// Seconds for which a wrapped key that does not open is not tried again; 0: not at all.
     pub negative_cache: u64,
-    /// Per cent of `calls_per_second`, `burst` and `concurrent` that a rotation may use; 1 to 100.
+    /// Per cent of `calls_per_second`, `burst` and `concurrent` that a rotation of a mounted store may use; 1 to 100.
     pub rotation_share: u32,
     /// The same for keys made and unwrapped ahead of need.
     pub ahead_share: u32,
@@ -73,6 +73,11 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// The same for a process that serves no users: there is nobody for a rotation to leave anything to.
+    pub fn without_users(&self) -> Self {
+        Self { rotation_share: 100, ..*self }
+    }
+
     /// The same, brought to what makes sense: something is always tried, and no time is longer than an hour.
     pub fn bounded(&self) -> Self {
         const HOUR: u64 = 3600;

@@ -28,7 +28,8 @@ pub fn unlock(a: &UnlockArgs) -> Result<(), Fault> {
     let (place, c) = mounted(&a.target)?;
     let recovery = recovery(a)?;
     let passphrase = if recovery.is_none() { passphrase(a, &place)? } else { None };
-    let r = ask(c, &Request::Unlock { keys: a.key.keys.clone(), passphrase, recovery })?;
+    let keys = a.key.keys.iter().map(|k| root_keys::for_daemon(k, &a.key.access)).collect::<Result<_, _>>()?;
+    let r = ask(c, &Request::Unlock { keys, passphrase, recovery })?;
     let text = match (r.keys.state, r.changed) {
         (KeysState::Ready, true) => "unlocked\n".to_owned(),
         (KeysState::Ready, false) => "not locked\n".to_owned(),

@@ -31,8 +31,9 @@ use cryptoki::mechanism::MechanismInfo;
 use cryptoki::session::Session;
 use fault::{Meaning, name};
 use keys::Key;
-use matching::{Kind, Wanted};
+use matching::{Kind, TokenFacts, Wanted};
 use mechanism::{Method, candidates, named, refusal};
+use module::Module;
 use parking_lot::Mutex;
 use pin::Pin;
 use std::collections::BTreeMap;
@@ -76,6 +77,12 @@ fn module_path(uri: &RootKeyUri, o: &Pkcs11Options) -> Result<PathBuf, KmsError>
     }
 }
 
+/// The token that is meant, of those that the module sees.
+fn wanted_of(module: &Module, wanted: &Wanted, o: &Pkcs11Options) -> Result<TokenFacts, KmsError> {
+    let there: Vec<_> = module.tokens()?.into_iter().map(|p| p.facts).collect();
+    wanted.token(&there, o.token.as_deref()).cloned()
+}
+
 impl Pkcs11Key {
     /// Finds the token and the key, logs in, and tries the key out.
     ///
@@ -93,8 +100,14 @@ impl Pkcs11Key {
             let text = format!("{uri}: the module {} is '{what}' {major}.{minor}, which is not meant", path.display());
             return Err(KmsError::Config(text));
         }
-        let there: Vec<_> = module.tokens()?.into_iter().map(|p| p.facts).collect();
-        let facts = wanted.token(&there, o.token.as_deref())?;
+        let facts = match wanted_of(&module, &wanted, o) {
+            // It may have come since the module was initialised, as after a lock of a store whose token was away.
+            Err(KmsError::Unreachable(_)) => {
+                module.restart()?;
+                wanted_of(&module, &wanted, o)?
+            }
+            found => found?,
+        };
         let token = module.token(&facts.identity, facts.slot, pin);
         let key = Self { wanted, options: o.clone(), token, current: Mutex::default(), older: Mutex::default() };
         key.current(false)?;

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 /// The systemd credential looked for when nothing else says where the PIN is.
 pub const CREDENTIAL: &str = "envelopefs.pkcs11-pin";
-const NO_TERMINAL: &str = "no terminal to ask on; set pin_file or pin_command in [services.pkcs11]";
+const NO_TERMINAL: &str = "no terminal to ask on; add ?pin-source=file:/PATH to the root key, or set pin_file or pin_command in [services.pkcs11]";
 
 /// A source of the PIN. What a person typed is kept, in secret memory, for when the token ends the login; what can be read
 /// again is read again.

@@ -632,7 +632,11 @@ fn the_pin_comes_from_where_it_is_said_to_be() {
         assert_eq!(s.spy.calls("C_Login"), 2, "one right, one wrong");
         // Without one there is nobody to ask.
         let (code, said) = s.fails("mount back mnt");
-        assert!(code == 13 && said.contains("no terminal to ask on; set pin_file or pin_command"), "{code} {said}");
+        assert!(
+            code == 13
+                && said.contains("no terminal to ask on; add ?pin-source=file:/PATH to the root key, or set pin_file"),
+            "{code} {said}"
+        );
     });
 }
 
@@ -724,5 +728,101 @@ fn a_token_that_goes_away_under_a_mount_costs_only_what_needs_it() {
         wait_for("the token to be used again", || read("cold").is_ok());
         assert_eq!(read("cold").unwrap(), b"cold too");
         s.b.ok("unmount mnt");
+    });
+}
+
+#[test]
+fn a_lock_ends_the_login_and_an_unlock_logs_in_again() {
+    if !can_mount() {
+        return;
+    }
+    alone(module_path!(), "a_lock_ends_the_login_and_an_unlock_logs_in_again", |hsm| {
+        hsm.aes("kek", 1, &[]);
+        for kind in ["sealed", "external"] {
+            let s = Store::new(hsm);
+            s.ok(&format!("init back --key {KEK} --kek {kind}"));
+            s.spy.clear();
+            s.ok("mount back mnt --log-file DIR/log");
+            let path = |n: &str| s.b.path("mnt").join(n);
+            let sessions = || s.spy.calls("C_OpenSession") - s.spy.calls("C_CloseSession");
+            fs::write(path("cold"), "cold").unwrap();
+            fs::write(path("open"), "open").unwrap();
+            let mut open = fs::File::open(path("open")).unwrap();
+            assert!(sessions() > 0 && s.spy.calls("C_Login") == 1);
+            for round in 1..=2 {
+                s.b.ok("lock mnt");
+                assert_eq!(sessions(), 0, "{kind}, {round}: the login ends with the last session");
+                assert_eq!(fs::read(path("cold")).unwrap_err().raw_os_error(), Some(libc::ENOKEY));
+                // The token is away, and back.
+                fs::rename(hsm.tokens(), hsm.path("away")).unwrap();
+                fs::create_dir(hsm.tokens()).unwrap();
+                let o = s.command("unlock mnt").output().unwrap();
+                assert_eq!(o.status.code(), Some(5), "{}", s.b.masked(&o.stderr));
+                assert_eq!(fs::read(path("cold")).unwrap_err().raw_os_error(), Some(libc::ENOKEY));
+                fs::remove_dir(hsm.tokens()).unwrap();
+                fs::rename(hsm.path("away"), hsm.tokens()).unwrap();
+                let before = s.spy.calls("C_Login");
+                assert_eq!(s.ok("unlock mnt"), "unlocked\n");
+                assert_eq!(s.spy.calls("C_Login") - before, 1, "{kind}, {round}");
+                assert_eq!(fs::read(path("cold")).unwrap(), b"cold");
+                let mut text = String::new();
+                std::io::Seek::rewind(&mut open).unwrap();
+                std::io::Read::read_to_string(&mut open, &mut text).unwrap();
+                assert_eq!(text, "open");
+                fs::write(path(&format!("new {round}")), "new").unwrap();
+            }
+            drop(open);
+            s.b.ok("unmount mnt");
+        }
+    });
+}
+
+/// The daemon of a detached mount has no terminal, and a lock drops the PIN that was typed for it.
+#[test]
+fn a_lock_forgets_a_typed_pin_and_an_unlock_says_where_to_put_it() {
+    if !can_mount() {
+        return;
+    }
+    alone(module_path!(), "a_lock_forgets_a_typed_pin_and_an_unlock_says_where_to_put_it", |hsm| {
+        hsm.aes("kek", 1, &[]);
+        let s = Store::new(hsm);
+        s.ok(&format!("init back --key {KEK}"));
+        s.configure("");
+        let (status, shown) = on_terminal(s.command("mount back mnt --log-file DIR/log"), &[PIN]);
+        assert!(status.success(), "{shown}");
+        fs::write(s.b.path("mnt/f"), "x").unwrap();
+        s.b.ok("lock mnt");
+        s.spy.clear();
+        let (code, said) = s.fails("unlock mnt");
+        assert!(
+            code == 13
+                && said.contains("no terminal to ask on; add ?pin-source=file:/PATH to the root key, or set pin_file"),
+            "{code} {said}"
+        );
+        assert_eq!(s.spy.calls("C_Login"), 0);
+        let pin = hsm.path("pin");
+        s.ok(&format!("unlock mnt --key {KEK}?pin-source=file:{}", pin.display()));
+        assert_eq!(fs::read(s.b.path("mnt/f")).unwrap(), b"x");
+        s.b.ok("unmount mnt");
+    });
+}
+
+/// It was dropped on the way to the daemon, which then said to use it.
+#[test]
+fn an_unlock_takes_the_module_from_the_command_line() {
+    if !can_mount() {
+        return;
+    }
+    alone(module_path!(), "an_unlock_takes_the_module_from_the_command_line", |hsm| {
+        hsm.aes("kek", 1, &[]);
+        let b = Bench::new();
+        let key = format!("{KEK}?pin-source=file:{}", hsm.path("pin").display());
+        b.ok(&format!("init back --key {key} --key keyfile:DIR/key --pkcs11-module {MODULE}"));
+        b.ok("mount back mnt --key keyfile:DIR/key --log-file DIR/log");
+        fs::write(b.path("mnt/f"), "x").unwrap();
+        b.ok("lock mnt");
+        b.ok(&format!("unlock mnt --key {key} --pkcs11-module {MODULE}"));
+        assert_eq!(fs::read(b.path("mnt/f")).unwrap(), b"x");
+        b.ok("unmount mnt");
     });
 }

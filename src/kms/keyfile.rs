@@ -3,13 +3,14 @@
 //! Wrapped form: [`GcmSiv::wrap`] under derive(key, ROOT_WRAP, "") with [`WrapContext::to_aad`]: nonce 12 ‖
 //! ciphertext 32 ‖ tag 16.
 
+use super::fill::fill;
 use super::uri::RootKeyUri;
 use super::{Capabilities, Description, KeyProvider, KmsError, WrapContext};
 use crate::crypto::aead::GcmSiv;
 use crate::crypto::kdf::{derive, label};
 use crate::crypto::secret::{KEY_LEN, Secret32};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use zeroize::Zeroizing;
@@ -37,7 +38,7 @@ impl KeyFile {
             OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| io_error(path, &e))?;
         check_mode(path, &file)?;
         let mut buf = Zeroizing::new([0u8; READ_MAX]);
-        let n = read_all(&mut file, &mut *buf).map_err(|e| io_error(path, &e))?;
+        let n = fill(&mut file, &mut *buf).map_err(|e| io_error(path, &e))?;
         let key = parse(buf.get(..n).unwrap_or_default()).map_err(|why| refuse(path, why))?;
         Ok(Self { uri: uri.to_string(), wrap_key: derive(&key, label::ROOT_WRAP, b"") })
     }
@@ -89,19 +90,6 @@ fn check_mode(path: &Path, file: &File) -> Result<(), KmsError> {
         return Err(refuse(path, &why));
     }
     Ok(())
-}
-
-fn read_all(file: &mut File, buf: &mut [u8]) -> io::Result<usize> {
-    let mut n = 0;
-    while let Some(rest) = buf.get_mut(n..).filter(|r| !r.is_empty()) {
-        match file.read(rest) {
-            Ok(0) => break,
-            Ok(k) => n += k,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(n)
 }
 
 fn parse(bytes: &[u8]) -> Result<Secret32, &'static str> {

@@ -7,6 +7,7 @@
 #[cfg(feature = "aws-kms")]
 pub mod aws;
 pub mod event;
+mod fill;
 #[cfg(feature = "gcp-kms")]
 pub mod gcp;
 pub mod guard;

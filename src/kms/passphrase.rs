@@ -5,6 +5,7 @@
 //! [`WrapContext::to_aad`]. What parameters are accepted is bounded on reading, for they come from where an attacker
 //! may write.
 
+use super::fill::fill;
 use super::{Capabilities, Description, KeyProvider, KmsError, WrapContext};
 use crate::crypto::aead::{GcmSiv, WRAPPED_LEN};
 use crate::crypto::kdf::{derive, label};
@@ -287,15 +288,7 @@ fn accept_line(bytes: &[u8]) -> Result<Passphrase, String> {
 /// Everything from `from`, into one buffer that is never moved and is wiped; at most what tells that it is too long.
 fn slurp(from: &mut impl Read) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut buf = Zeroizing::new(vec![0u8; PASSPHRASE_MAX + 3]);
-    let mut n = 0;
-    while let Some(rest) = buf.get_mut(n..).filter(|r| !r.is_empty()) {
-        match from.read(rest) {
-            Ok(0) => break,
-            Ok(k) => n += k,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
+    let n = fill(from, &mut buf)?;
     buf.truncate(n);
     Ok(buf)
 }

@@ -8,6 +8,7 @@ use super::answer::{self, Place};
 use super::files::{self, Mode};
 use super::settings::{Login, Settings};
 use crate::kms::KmsError;
+use crate::kms::fill::fill;
 use std::io::Read;
 use std::sync::Arc;
 use ureq::http::{HeaderValue, Request, Uri};
@@ -149,11 +150,9 @@ fn read_bounded(from: &mut impl Read, expected: Option<u64>) -> std::io::Result<
             body.zeroize();
             body = more;
         }
-        match from.read(body.get_mut(n..).unwrap_or_default()) {
-            Ok(0) => break,
-            Ok(k) => n += k,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+        n += fill(from, body.get_mut(n..).unwrap_or_default())?;
+        if n < body.len() {
+            break;
         }
     }
     body.truncate(n);

@@ -1,8 +1,9 @@
 //! Reading the files that the configuration names: tokens and other secrets, certificates.
 
 use crate::kms::KmsError;
+use crate::kms::fill::fill;
 use std::fs::OpenOptions;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use zeroize::Zeroizing;
@@ -44,15 +45,7 @@ pub fn read(path: &Path, what: &str, mode: Mode) -> Result<Zeroizing<Vec<u8>>, K
     // All the room at once, so that no copy is left behind when it grows.
     let room = usize::try_from(m.len()).unwrap_or(0) + 1;
     let mut content = Zeroizing::new(vec![0; room]);
-    let mut n = 0;
-    while let Some(rest) = content.get_mut(n..).filter(|r| !r.is_empty()) {
-        match file.read(rest) {
-            Ok(0) => break,
-            Ok(k) => n += k,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(io(e)),
-        }
-    }
+    let n = fill(&mut file, &mut content).map_err(io)?;
     content.truncate(n);
     Ok(content)
 }

@@ -2,6 +2,7 @@
 //!
 //! Nothing here parses a command line or decides an exit code; what went wrong leaves as a [`fault::Fault`].
 
+mod accept;
 pub mod audit;
 pub mod client;
 pub mod control;

@@ -1,5 +1,6 @@
 //! The control socket's server side: who may ask, and one thread for each who does.
 
+use super::accept::{Socket, serve_all};
 use super::fault::{Fault, FaultKind};
 use super::protocol::{self, Reply, Request};
 use super::{process, runtime_dir};
@@ -10,11 +11,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Clients served at a time; more are told to come back.
-const CLIENTS_MAX: usize = 32;
+const SOCKET: Socket = Socket { name: "control", most: 32 };
 /// How long a client may take to say what it wants, and to take an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -83,7 +82,9 @@ impl Server {
         let fail = |e: io::Error| Fault::io("listen on", path, &e);
         let listener = UnixListener::bind(path).map_err(fail)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
-        std::thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &handler)).map_err(fail)?;
+        let next = move || listener.accept().map(|(stream, _)| stream);
+        let accept = move || serve_all(SOCKET, next, move |stream| serve(stream, handler.as_ref()));
+        std::thread::Builder::new().name(SOCKET.name.into()).spawn(accept).map_err(fail)?;
         Ok(Self { path: path.to_path_buf(), made: inode(path) })
     }
 }
@@ -109,35 +110,6 @@ fn may_talk(peer: u32, own: u32) -> bool {
 pub fn peer(stream: &UnixStream) -> io::Result<(u32, rustix::process::Pid)> {
     let c = rustix::net::sockopt::socket_peercred(stream.as_fd())?;
     Ok((c.uid.as_raw(), c.pid))
-}
-
-fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
-    let serving = Arc::new(AtomicUsize::new(0));
-    loop {
-        let stream = match listener.accept() {
-            Ok((s, _)) => s,
-            Err(e) => {
-                tracing::warn!("control socket: {e}");
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
-            }
-        };
-        let (handler, serving) = (handler.clone(), serving.clone());
-        if serving.fetch_add(1, Ordering::AcqRel) >= CLIENTS_MAX {
-            serving.fetch_sub(1, Ordering::AcqRel);
-            continue;
-        }
-        let count = serving.clone();
-        let spawned = std::thread::Builder::new().name("control-client".into()).spawn(move || {
-            if let Err(e) = serve(stream, handler.as_ref()) {
-                tracing::debug!("control client: {e}");
-            }
-            serving.fetch_sub(1, Ordering::AcqRel);
-        });
-        if spawned.is_err() {
-            count.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
 }
 
 fn serve(stream: UnixStream, handler: &dyn Handler) -> io::Result<()> {

@@ -1,15 +1,13 @@
 //! The port: loopback only, a few clients at a time, each for a few seconds.
 
 use super::http::{REQUEST_MAX, Verdict, answer, judge};
+use crate::daemon::accept::{Socket, serve_all};
 use crate::daemon::fault::{Fault, FaultKind, plain};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Clients at a time; more are turned away.
-const CLIENTS_MAX: usize = 8;
+const SOCKET: Socket = Socket { name: "metrics", most: 8 };
 /// How long a client may take for its request, and to take the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -51,40 +49,13 @@ pub fn start(at: SocketAddr, page: impl Fn() -> String + Send + Sync + 'static) 
     let fail = |e: io::Error| Fault::new(FaultKind::Other, format!("cannot serve metrics at {at}: {}", plain(&e)));
     let listener = TcpListener::bind(at).map_err(fail)?;
     let bound = listener.local_addr().map_err(fail)?;
-    let page: Arc<dyn Fn() -> String + Send + Sync> = Arc::new(page);
-    std::thread::Builder::new().name("metrics".into()).spawn(move || accept(&listener, &page)).map_err(fail)?;
+    let next = move || listener.accept().map(|(stream, _)| stream);
+    let accept = move || serve_all(SOCKET, next, move |stream| serve(stream, &page));
+    std::thread::Builder::new().name(SOCKET.name.into()).spawn(accept).map_err(fail)?;
     Ok(bound)
 }
 
-fn accept(listener: &TcpListener, page: &Arc<dyn Fn() -> String + Send + Sync>) {
-    let serving = Arc::new(AtomicUsize::new(0));
-    loop {
-        let stream = match listener.accept() {
-            Ok((s, _)) => s,
-            Err(e) => {
-                tracing::warn!("metrics: {e}");
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
-            }
-        };
-        if serving.fetch_add(1, Ordering::AcqRel) >= CLIENTS_MAX {
-            serving.fetch_sub(1, Ordering::AcqRel);
-            continue;
-        }
-        let (page, done) = (page.clone(), serving.clone());
-        let spawned = std::thread::Builder::new().name("metrics-client".into()).spawn(move || {
-            if let Err(e) = serve(stream, page.as_ref()) {
-                tracing::debug!("metrics: {e}");
-            }
-            done.fetch_sub(1, Ordering::AcqRel);
-        });
-        if spawned.is_err() {
-            serving.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
-}
-
-fn serve(mut stream: TcpStream, page: &(dyn Fn() -> String + Send + Sync)) -> io::Result<()> {
+fn serve(mut stream: TcpStream, page: &impl Fn() -> String) -> io::Result<()> {
     let end = Instant::now() + PATIENCE;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut request = Vec::new();
@@ -149,7 +120,7 @@ mod tests {
         assert!(asked(at, b"GET /etc/passwd HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404 "));
         assert!(asked(at, &[b'x'; 3 * REQUEST_MAX]).starts_with("HTTP/1.1 431 "));
         // Clients that say nothing, more than are served at a time: the port answers again when they are gone.
-        let idle: Vec<TcpStream> = (0..2 * CLIENTS_MAX).map(|_| TcpStream::connect(at).unwrap()).collect();
+        let idle: Vec<TcpStream> = (0..2 * SOCKET.most).map(|_| TcpStream::connect(at).unwrap()).collect();
         drop(idle);
         let end = Instant::now() + 10 * PATIENCE;
         while !asked(at, b"GET /metrics HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 200 ") {

@@ -9,30 +9,8 @@ use super::inode::Inode;
 use super::{EnvelopeFs, StoreError};
 use crate::backing::{Backing, Kind, SetTime};
 use crate::kms::event;
+use crate::store::attr::{CAPABILITY, S_PRIVILEGED};
 use crate::store::{Attr, Result, SetAttr};
-
-const SET_BITS: u32 = libc::S_ISUID | libc::S_ISGID;
-pub(super) const CAPABILITY: &[u8] = b"security.capability";
-
-/// What to change of an inode's attributes.
-#[derive(Debug, Clone, Copy)]
-pub struct Change {
-    /// Permission bits with setuid, setgid and sticky.
-    pub mode: Option<u32>,
-    pub uid: Option<u32>,
-    pub gid: Option<u32>,
-    pub size: Option<u64>,
-    pub atime: SetTime,
-    pub mtime: SetTime,
-    /// An open file to change it through.
-    pub handle: Option<u64>,
-}
-
-impl Change {
-    /// Changes nothing.
-    pub const NONE: Self =
-        Self { mode: None, uid: None, gid: None, size: None, atime: SetTime::Omit, mtime: SetTime::Omit, handle: None };
-}
 
 impl<B: Backing> EnvelopeFs<B> {
     /// stat(2).
@@ -52,23 +30,16 @@ impl<B: Backing> EnvelopeFs<B> {
         self.get_attr(node)
     }
 
-    /// chmod(2), chown(2), truncate(2) and utimensat(2), all at once or some of them.
+    /// chmod(2), chown(2), truncate(2) and utimensat(2), all at once or some of them, through the open file `handle` if there
+    /// is one. Whether privileges are killed is decided here.
     ///
     /// # Errors
     /// Those of the store.
-    pub fn set_attr(&self, caller: &Caller, node: u64, change: &Change) -> Result<Attr> {
+    pub fn set_attr(&self, caller: &Caller, node: u64, set: SetAttr, handle: Option<u64>) -> Result<Attr> {
         let inode = self.inode(node)?;
         // A handle that is gone is no reason to fail: the change can be made without one.
-        let handle = change.handle.and_then(|h| self.handles.get(h)).filter(|h| h.is_writable());
-        let set = SetAttr {
-            mode: change.mode,
-            uid: change.uid,
-            gid: change.gid,
-            size: change.size,
-            atime: change.atime,
-            mtime: change.mtime,
-            kill_suidgid: change.size.is_some() && !caller.keeps_set_bits(),
-        };
+        let handle = handle.and_then(|h| self.handles.get(h)).filter(|h| h.is_writable());
+        let set = SetAttr { kill_suidgid: set.size.is_some() && !caller.keeps_set_bits(), ..set };
         let touches_privileges = set.mode.is_some() || set.uid.is_some() || set.gid.is_some();
         if touches_privileges {
             inode.privileges.change();
@@ -100,7 +71,7 @@ impl<B: Backing> EnvelopeFs<B> {
         }
         let before = inode.privileges.look();
         let mut attr = self.store.getattr(&inode.node)?;
-        if let Some(caller) = kill.filter(|_| attr.mode & SET_BITS != 0) {
+        if let Some(caller) = kill.filter(|_| attr.mode & S_PRIVILEGED != 0) {
             attr = self.store.setattr(&inode.node, &SetAttr { kill_suidgid: true, ..SetAttr::default() }, None)?;
             attr = self.drop_setgid_of_strangers(caller, inode, attr)?;
             if let Some(tell) = self.mode_changed.get() {
@@ -108,7 +79,7 @@ impl<B: Backing> EnvelopeFs<B> {
             }
         }
         self.drop_capability(inode, attr.kind)?;
-        if attr.mode & SET_BITS == 0 {
+        if attr.mode & S_PRIVILEGED == 0 {
             inode.privileges.absent(before);
         }
         Ok(())

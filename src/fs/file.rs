@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::attr::Change;
 use super::caller::Caller;
 use super::inode::Inode;
 use super::{EnvelopeFs, Found, Report, StoreError, failed, os};
@@ -82,8 +81,8 @@ impl<B: Backing> EnvelopeFs<B> {
         }
         let handle = self.handles.insert(Handle::new(inode, file, access, caller));
         if flags & libc::O_TRUNC != 0 {
-            let empty = Change { size: Some(0), handle: Some(handle), ..Change::NONE };
-            if let Err(e) = self.set_attr(caller, node, &empty) {
+            let empty = SetAttr { size: Some(0), ..SetAttr::default() };
+            if let Err(e) = self.set_attr(caller, node, empty, Some(handle)) {
                 self.release(handle);
                 return Err(e);
             }

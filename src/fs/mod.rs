@@ -21,7 +21,6 @@ use std::sync::{Arc, OnceLock};
 use crate::backing::Backing;
 use crate::store::{Attr, Result, Store, StoreError};
 
-pub use attr::Change;
 pub use caller::Caller;
 pub use directory::{DirItem, PlusItem};
 pub use inode::ROOT;

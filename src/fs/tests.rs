@@ -7,9 +7,10 @@ use crate::backing::sim::{Op, SimDisk, SimOptions};
 use crate::backing::{Kind, RenameMode, XattrMode};
 use crate::kms::KeyProvider;
 use crate::kms::scripted::Scripted;
-use crate::store::StoreOptions;
+use crate::store::attr::CAPABILITY;
 use crate::store::file::FileAllocate;
 use crate::store::keys::{KekKind, Keys, StoreFlags};
+use crate::store::{SetAttr, StoreOptions};
 
 const ROOT_USER: Caller = Caller { uid: 0, gid: 0, pid: 0, has_group: |_, _| false };
 const USER: Caller = Caller { uid: 1000, gid: 1000, pid: 1, has_group: |_, gid| gid == 2000 };
@@ -153,13 +154,13 @@ fn a_failed_truncation_at_open_leaves_no_handle() {
 fn set_bits_fall_for_users_and_capabilities_for_everybody() {
     let (_, fs) = new_fs();
     let f = make(&fs, "f", b"content");
-    let setuid = Change { mode: Some(0o6755), ..Change::NONE };
+    let setuid = SetAttr { mode: Some(0o6755), ..SetAttr::default() };
     let handle = fs.open(&ROOT_USER, f.node, libc::O_RDWR).unwrap();
     let mode = || fs.get_attr(f.node).unwrap().mode;
-    let capability = || fs.get_xattr(f.node, attr::CAPABILITY, 0).is_ok();
+    let capability = || fs.get_xattr(f.node, CAPABILITY, 0).is_ok();
     let give = || {
-        fs.set_attr(&ROOT_USER, f.node, &setuid).unwrap();
-        fs.set_xattr(&ROOT_USER, f.node, attr::CAPABILITY, b"cap", XattrMode::Any).unwrap();
+        fs.set_attr(&ROOT_USER, f.node, setuid, None).unwrap();
+        fs.set_xattr(&ROOT_USER, f.node, CAPABILITY, b"cap", XattrMode::Any).unwrap();
     };
     for kill in [false, true] {
         give();
@@ -171,7 +172,7 @@ fn set_bits_fall_for_users_and_capabilities_for_everybody() {
     }
     for (caller, left) in [(&ROOT_USER, 0o6755), (&USER, 0o755)] {
         give();
-        fs.set_attr(caller, f.node, &Change { size: Some(3), ..Change::NONE }).unwrap();
+        fs.set_attr(caller, f.node, SetAttr { size: Some(3), ..SetAttr::default() }, None).unwrap();
         assert_eq!((mode(), capability()), (left, false));
         give();
         fs.allocate(caller, handle, FileAllocate::Default, 0, 100).unwrap();
@@ -184,8 +185,8 @@ fn whoever_writes_in_one_tick_of_the_kernels_clock_keeps_the_mtime_shown() {
     let (_, fs) = new_fs();
     let (f, handle) = fs.create(&ROOT_USER, ROOT, b"f", 0o644, 0).unwrap();
     let shown = crate::backing::Timestamp { sec: 5, nsec: 7 };
-    let set = Change { mtime: crate::backing::SetTime::At(shown), ..Change::NONE };
-    fs.set_attr(&ROOT_USER, f.node, &set).unwrap();
+    let set = SetAttr { mtime: crate::backing::SetTime::At(shown), ..SetAttr::default() };
+    fs.set_attr(&ROOT_USER, f.node, set, None).unwrap();
     fs.write(handle, 0, b"written back late", None).unwrap();
     assert_ne!(fs.get_attr(f.node).unwrap().mtime, shown);
     fs.release(handle);

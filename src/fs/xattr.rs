@@ -1,10 +1,11 @@
 //! Extended attributes and ACLs.
 
-use super::attr::{CAPABILITY, is_no_attribute};
+use super::attr::is_no_attribute;
 use super::caller::Caller;
 use super::inode::Inode;
 use super::{EnvelopeFs, StoreError, os};
 use crate::backing::{Backing, Kind, XattrMode};
+use crate::store::attr::CAPABILITY;
 use crate::store::{Attr, Result, SetAttr};
 
 const ACL_ACCESS: &[u8] = b"system.posix_acl_access";

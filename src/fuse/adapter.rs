@@ -26,8 +26,8 @@ use super::options::MountOptions;
 use super::process;
 use super::seeks::{LateNotifier, Seeks};
 use crate::backing::{Backing, XattrMode};
-use crate::fs::{Answer, Caller, Change, EnvelopeFs, Found, NewNode, PlusItem, Report, failed, panicked};
-use crate::store::StoreError;
+use crate::fs::{Answer, Caller, EnvelopeFs, Found, NewNode, PlusItem, Report, failed, panicked};
+use crate::store::{SetAttr, StoreError};
 
 /// Largest read and write request.
 const REQUEST_MAX: u32 = 1 << 20;
@@ -238,18 +238,18 @@ impl<B: Backing> Filesystem for Adapter<B> {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let change = Change {
+        let set = SetAttr {
             mode: mode.map(|m| m & 0o7777),
             uid,
             gid,
             size,
             atime: set_time(atime),
             mtime: set_time(mtime),
-            handle: handle.map(|h| h.0),
+            ..SetAttr::default()
         };
         let (fs, caller, usual) = (Arc::clone(&self.fs), caller(r), self.ttl);
         self.serve(size.is_some() && fs.open_may_wait(), move || {
-            match run_on(&fs, "setattr", node, handle, || fs.set_attr(&caller, node.0, &change)) {
+            match run_on(&fs, "setattr", node, handle, || fs.set_attr(&caller, node.0, set, handle.map(|h| h.0))) {
                 Ok(a) => reply.attr(&ttl(&fs, usual), &file_attr(node.0, &a)),
                 Err(e) => reply.error(e),
             }

@@ -10,10 +10,12 @@ use parking_lot::RwLockReadGuard;
 use std::sync::Arc;
 
 const S_ISUID: u32 = 0o4000;
-const S_ISGID: u32 = 0o2000;
+pub(super) const S_ISGID: u32 = 0o2000;
 const S_IXGRP: u32 = 0o0010;
+/// The bits that give whoever runs a file another's rights.
+pub const S_PRIVILEGED: u32 = S_ISUID | S_ISGID;
 /// The attribute that holds file capabilities, which writing takes away.
-const CAPABILITY: &[u8] = b"security.capability";
+pub const CAPABILITY: &[u8] = b"security.capability";
 
 /// stat(2) as users see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

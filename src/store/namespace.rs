@@ -1,6 +1,6 @@
 //! Names: looking up, making, linking, removing.
 
-use super::attr::Attr;
+use super::attr::{Attr, S_ISGID, S_PRIVILEGED};
 use super::dir;
 use super::error::{Result, StoreError};
 use super::file::{FileCore, OpenFile};
@@ -10,10 +10,6 @@ use crate::backing::{Access, Backing, Kind, Stat};
 use crate::format::links::{self, Reference};
 use crate::format::names::Encoded;
 use std::sync::Arc;
-
-pub(super) const S_ISGID: u32 = 0o2000;
-/// Bits that a change of owner takes away and that are given back after it.
-const S_PRIVILEGED: u32 = 0o6000;
 
 /// Whom a new inode shall belong to: given if the daemon is root and acts for others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,6 +183,7 @@ impl<B: Backing> Store<B> {
         if gid.is_some() && dir.stat(b)?.mode & S_ISGID != 0 {
             gid = None;
         }
+        // A change of owner takes them away, so that they are given after it.
         let privileged = if st.kind == Kind::Symlink { 0 } else { mode & S_PRIVILEGED };
         if uid.is_none() && gid.is_none() && privileged == 0 {
             return Ok(st);

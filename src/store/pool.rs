@@ -9,10 +9,10 @@
 //! under a user's name. What a crash leaves in here is cleared when the store is opened; a directory that holds
 //! anything of users' is never touched.
 
-use super::attr::Attr;
+use super::attr::{Attr, S_ISGID};
 use super::dir::{self, Leftovers};
 use super::error::{Result, StoreError};
-use super::namespace::{Owner, S_ISGID};
+use super::namespace::Owner;
 use super::node::Node;
 use super::open::{Store, is, kernel};
 use crate::backing::{Backing, Kind, RenameMode, SetTime, Stat};
@@ -77,6 +77,17 @@ fn other_way(e: &io::Error) -> bool {
     closed.iter().any(|c| is(e, *c))
 }
 
+/// A directory to be made.
+struct NewDir<'a, B: Backing> {
+    /// The one that it will be in, and its descriptor.
+    dir: &'a Arc<Node<B>>,
+    fd: &'a B::Node,
+    name: &'a Encoded,
+    mode: u32,
+    umask: u32,
+    owner: Option<Owner>,
+}
+
 impl<B: Backing> Store<B> {
     /// Makes a directory.
     ///
@@ -110,7 +121,7 @@ impl<B: Backing> Store<B> {
             return self.made(dir, &enc, &st);
         };
         let new_sidecar = self.put_sidecar(&fd, &enc)?;
-        let made = self.mkdir_encrypted(dir, &fd, &enc, keys, (mode, umask), owner);
+        let made = self.mkdir_encrypted(&NewDir { dir, fd: &fd, name: &enc, mode, umask, owner }, keys);
         let (st, id) = made.inspect_err(|_| {
             if new_sidecar {
                 self.drop_sidecar(&fd, &enc);
@@ -121,23 +132,15 @@ impl<B: Backing> Store<B> {
         Ok((node, attr))
     }
 
-    fn mkdir_encrypted(
-        &self,
-        dir: &Arc<Node<B>>,
-        fd: &B::Node,
-        name: &Encoded,
-        keys: &NameKeys,
-        (mode, umask): (u32, u32),
-        owner: Option<Owner>,
-    ) -> Result<(Stat, DirId)> {
-        if !self.has_default_acl(dir, fd)? {
-            match self.mkdir_from_pool(dir, fd, name, keys, mode & !umask, owner) {
+    fn mkdir_encrypted(&self, new: &NewDir<'_, B>, keys: &NameKeys) -> Result<(Stat, DirId)> {
+        if !self.has_default_acl(new.dir, new.fd)? {
+            match self.mkdir_from_pool(new, keys) {
                 Err(Refused::Way) => {}
                 Err(Refused::Error(e)) => return Err(e),
                 Ok(made) => return Ok(made),
             }
         }
-        self.mkdir_in_place(dir, fd, name, keys, (mode, umask), owner)
+        self.mkdir_in_place(new, keys)
     }
 
     fn has_default_acl(&self, dir: &Arc<Node<B>>, fd: &B::Node) -> Result<bool> {
@@ -157,20 +160,12 @@ impl<B: Backing> Store<B> {
     }
 
     /// Takes one out of the pool, makes it what mkdir(2) would have made, and renames it to its place.
-    fn mkdir_from_pool(
-        &self,
-        dir: &Arc<Node<B>>,
-        fd: &B::Node,
-        name: &Encoded,
-        keys: &NameKeys,
-        mode: u32,
-        owner: Option<Owner>,
-    ) -> std::result::Result<(Stat, DirId), Refused> {
+    fn mkdir_from_pool(&self, wanted: &NewDir<'_, B>, keys: &NameKeys) -> std::result::Result<(Stat, DirId), Refused> {
         let b = self.backing();
         let ready = self.take_ready(keys).map_err(Refused::Error)?;
         let folder = self.pool.folder().map_err(Refused::Error)?;
-        let made = self.dress(dir, folder, &ready, mode, owner).and_then(|(new, last_mode)| {
-            b.rename(folder, &ready.name, fd, name.content(), RenameMode::Replace)
+        let made = self.dress(wanted, folder, &ready).and_then(|(new, last_mode)| {
+            b.rename(folder, &ready.name, wanted.fd, wanted.name.content(), RenameMode::Replace)
                 .map_err(|e| if other_way(&e) { Refused::Way } else { Refused::Error(kernel(e)) })?;
             Ok((new, last_mode))
         });
@@ -194,28 +189,26 @@ impl<B: Backing> Store<B> {
     /// Gives a pooled directory its owner, group and mode. Returns the mode to set after the rename, if it must wait.
     fn dress(
         &self,
-        dir: &Arc<Node<B>>,
+        wanted: &NewDir<'_, B>,
         folder: &B::Node,
         ready: &Ready,
-        mode: u32,
-        owner: Option<Owner>,
     ) -> std::result::Result<(B::Node, Option<u32>), Refused> {
         let b = self.backing();
         let io = |e: io::Error| Refused::Error(e.into());
         let store = Refused::Error;
         let new = b.lookup(folder, &ready.name).map_err(io)?;
         let st = b.stat(&new).map_err(io)?;
-        let parent = dir.stat(b).map_err(store)?;
+        let parent = wanted.dir.stat(b).map_err(store)?;
         let setgid = parent.mode & S_ISGID;
-        let want_uid = owner.map_or(st.uid, |o| o.uid);
-        let want_gid = if setgid != 0 { parent.gid } else { owner.map_or(st.gid, |o| o.gid) };
+        let want_uid = wanted.owner.map_or(st.uid, |o| o.uid);
+        let want_gid = if setgid != 0 { parent.gid } else { wanted.owner.map_or(st.gid, |o| o.gid) };
         let uid = (st.uid != want_uid).then_some(want_uid);
         let gid = (st.gid != want_gid).then_some(want_gid);
         if uid.is_some() || gid.is_some() {
             b.set_owner(&new, uid, gid).map_err(|e| if other_way(&e) { Refused::Way } else { io(e) })?;
         }
         // Moving a directory writes its `..`, for which its owner needs write permission.
-        let mode = (mode & 0o1777) | setgid;
+        let mode = (wanted.mode & !wanted.umask & 0o1777) | setgid;
         let first = if mode & 0o200 == 0 { mode | 0o700 } else { mode };
         if first != st.mode {
             b.set_mode(&new, first).map_err(io)?;
@@ -228,25 +221,18 @@ impl<B: Backing> Store<B> {
     }
 
     /// Makes a directory under a reserved name next to its place, and renames it when its id is durable.
-    fn mkdir_in_place(
-        &self,
-        dir: &Arc<Node<B>>,
-        fd: &B::Node,
-        name: &Encoded,
-        keys: &NameKeys,
-        (mode, umask): (u32, u32),
-        owner: Option<Owner>,
-    ) -> Result<(Stat, DirId)> {
+    fn mkdir_in_place(&self, wanted: &NewDir<'_, B>, keys: &NameKeys) -> Result<(Stat, DirId)> {
+        let fd = wanted.fd;
         let b = self.backing();
         let id = DirId::random();
         let temp = named(names::NEW_DIR_PREFIX);
-        b.mkdir(fd, &temp, mode, umask).map_err(kernel)?;
+        b.mkdir(fd, &temp, wanted.mode, wanted.umask).map_err(kernel)?;
         let make = || -> Result<Stat> {
             let new = b.lookup(fd, &temp)?;
             b.sync_file(&dir::write_id(b, &new, keys, &id)?)?;
             b.sync_dir(&new)?;
-            self.give(dir, &new, 0, owner)?;
-            b.rename(fd, &temp, fd, name.content(), RenameMode::Replace).map_err(kernel)?;
+            self.give(wanted.dir, &new, 0, wanted.owner)?;
+            b.rename(fd, &temp, fd, wanted.name.content(), RenameMode::Replace).map_err(kernel)?;
             Ok(b.stat(&new)?)
         };
         let st = make().inspect_err(|_| self.discard(fd, &temp))?;

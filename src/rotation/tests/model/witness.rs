@@ -4,7 +4,7 @@ use super::super::*;
 use crate::backing::sim::SimNode;
 use crate::backing::{Access, read_into};
 use crate::crypto::kdf;
-use crate::format::geometry::SLOT;
+use crate::format::geometry::{PAGE, SLOT};
 use crate::format::header::Slot;
 use crate::format::ids::FileId;
 use crate::format::keyring::{KekState, Keyring};
@@ -39,6 +39,12 @@ pub fn headers(disk: &SimDisk) -> Vec<Header> {
 /// The same, with what follows the slots.
 pub fn whole_files(disk: &SimDisk) -> Vec<Header> {
     walk(disk, usize::MAX)
+}
+
+/// Whether any file has content, and zeros in place of a header.
+pub fn some_have_no_header(disk: &SimDisk) -> bool {
+    let is_lost = |raw: Vec<u8>| raw.len() > PAGE as usize && raw[..2 * SLOT].iter().all(|b| *b == 0);
+    disk.files().iter().any(|p| !p.starts_with(b".envelopefs/") && is_lost(disk.read_raw(p).unwrap()))
 }
 
 fn walk(disk: &SimDisk, most: usize) -> Vec<Header> {

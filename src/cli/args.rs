@@ -318,6 +318,12 @@ pub struct RekeyArgs {
     /// Only files whose key is wrapped under this KEK now
     #[arg(long, value_name = "KEKID")]
     pub kek: Option<KekId>,
+    /// At most N megabytes of content a second
+    #[arg(long, value_name = "N")]
+    pub rate: Option<NonZeroU32>,
+    /// Take no heed of what users of the store wait meanwhile; without: as fast as they hardly feel it
+    #[arg(long)]
+    pub full_speed: bool,
     /// N worker threads
     #[arg(long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,

@@ -33,6 +33,8 @@ pub fn run(a: &RekeyArgs) -> Result<(), Fault> {
         paths,
         written_before: a.written_before,
         kek: a.kek,
+        rate: a.rate,
+        full_speed: a.full_speed,
         jobs: a.jobs,
         dry_run: a.dry_run,
         restart: a.restart,

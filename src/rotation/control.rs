@@ -50,6 +50,14 @@ impl Control {
         self.wishes.lock().paused
     }
 
+    /// Returns at once, also in a pause.
+    ///
+    /// # Errors
+    /// [`Cancelled`] once the run is cancelled.
+    pub fn check(&self) -> Result<(), Cancelled> {
+        if self.wishes.lock().cancelled { Err(Cancelled) } else { Ok(()) }
+    }
+
     /// Returns at once, or when a pause is over.
     ///
     /// # Errors
@@ -91,7 +99,7 @@ mod tests {
             assert_eq!(waiting.join().unwrap(), Err(Cancelled));
         });
         c.resume();
-        assert_eq!(c.checkpoint(), Err(Cancelled));
+        assert_eq!((c.check(), c.checkpoint()), (Err(Cancelled), Err(Cancelled)));
         assert_eq!(c.wait(Duration::from_secs(3600)), Err(Cancelled));
     }
 
@@ -99,6 +107,7 @@ mod tests {
     fn a_resume_lets_the_worker_go_on() {
         let c = Control::new();
         c.pause();
+        assert_eq!(c.check(), Ok(()));
         std::thread::scope(|s| {
             let waiting = s.spawn(|| c.checkpoint());
             c.resume();

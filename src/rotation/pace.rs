@@ -1,28 +1,28 @@
-//! How fast a run may go: a token bucket over headers. Decides only; the caller waits.
+//! How fast a run may go: a token bucket, over headers or whatever else a run counts. Decides only; the caller waits.
 
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
-/// A limit in headers a second, shared by all workers of a run.
+/// A limit in headers (or other units) a second, shared by all workers of a run.
 #[derive(Debug)]
 pub struct Pace {
-    /// Time one header costs.
+    /// Time one costs.
     each: Duration,
-    /// When the headers granted so far will have been paid for.
+    /// When those granted so far will have been paid for.
     paid_until: Option<Instant>,
 }
 
 impl Pace {
-    /// At most `rate` headers a second.
+    /// At most `rate` a second.
     pub fn new(rate: NonZeroU32) -> Self {
         Self { each: Duration::from_secs(1) / rate.get(), paid_until: None }
     }
 
-    /// Grants `headers` more and says how long to wait before beginning them, seen from `now`. Time that went by
-    /// unused is not saved up, so a run that was paused does not go on with a burst.
-    pub fn grant(&mut self, headers: u32, now: Instant) -> Duration {
+    /// Grants `units` more and says how long to wait before beginning them, seen from `now`. Time that went by unused is
+    /// not saved up, so a run that was paused does not go on with a burst.
+    pub fn grant(&mut self, units: u32, now: Instant) -> Duration {
         let start = self.paid_until.map_or(now, |t| t.max(now));
-        self.paid_until = Some(start + self.each * headers);
+        self.paid_until = Some(start + self.each * units);
         start - now
     }
 }

@@ -6,18 +6,22 @@
 //! with several names are collected, and their names found by one walk over the whole store for many of them.
 
 mod journal;
+mod report;
 
-use super::control::Control;
+pub use report::{RekeyCounts, RekeyOutcome, RekeyReport, Request};
+
+use super::control::{Cancelled, Control};
 use super::path::shown;
 use super::report::{Counts, FAILURES_MAX, Failure, Progress, State, Status};
+use super::turns::Turns;
 use crate::backing::{Backing, Kind, Timestamp};
-use crate::format::ids::{FileId, KekId, StoreId};
+use crate::format::ids::FileId;
 use crate::store::node::InodeKey;
 use crate::store::rekey::{Name, Rekeyed};
 use crate::store::{Node, Result, Store, StoreError};
 use journal::Journal;
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
+use report::UNIT;
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::num::NonZeroUsize;
@@ -35,85 +39,6 @@ const LOOKS: usize = 3;
 /// How often progress is told.
 const TICK: Duration = Duration::from_millis(250);
 
-/// What a run is asked.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Request {
-    /// Paths from the root of the store: files, or directories with all below them. An empty path is the root.
-    pub paths: Vec<Vec<u8>>,
-    /// Only files whose content was last changed before: seconds and nanoseconds since the epoch.
-    pub written_before: Option<(i64, u32)>,
-    /// Only files whose DEK is wrapped under this KEK now.
-    pub kek: Option<KekId>,
-    /// Worker threads.
-    pub jobs: Option<NonZeroUsize>,
-    /// Count only, change nothing.
-    pub dry_run: bool,
-    /// Do again what an unfinished run of the same request has done.
-    pub restart: bool,
-}
-
-impl Request {
-    /// What makes two runs the same.
-    fn identity(&self) -> Vec<u8> {
-        let mut paths = self.paths.clone();
-        paths.sort();
-        serde_json::to_vec(&(paths, self.written_before, self.kek)).unwrap_or_default()
-    }
-}
-
-/// What became of files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct RekeyCounts {
-    /// Regular files met; one with several names counts for each that was met.
-    pub scanned: u64,
-    /// Files with a new DEK; in a dry run those that would get one.
-    pub rekeyed: u64,
-    /// Bytes of their content.
-    pub bytes: u64,
-    /// Files that do not meet the criteria.
-    pub skipped: u64,
-    /// Files that an earlier part of this run has done.
-    pub done_before: u64,
-    /// Empty files: they have no DEK.
-    pub empty: u64,
-    /// Files that went away meanwhile.
-    pub vanished: u64,
-    /// Files and directories that could not be dealt with; they are as they were.
-    pub failed: u64,
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum RekeyOutcome {
-    Complete,
-    /// Some file could not be dealt with. Exit code 9.
-    Incomplete,
-    /// Stopped on request. Exit code 9.
-    Cancelled,
-    DryRun,
-}
-
-/// The account of a run. `rekey --json`; stable.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RekeyReport {
-    pub outcome: RekeyOutcome,
-    pub store: StoreId,
-    /// Version of the program.
-    pub version: String,
-    /// An unfinished run of the same request was taken up.
-    pub resumed: bool,
-    /// Seconds since the epoch.
-    pub started: u64,
-    pub finished: u64,
-    pub counts: RekeyCounts,
-    /// Failures, at most [`FAILURES_MAX`] of them; paths are from the root of the store.
-    pub failures: Vec<Failure>,
-    /// All failures, also those not named.
-    pub failures_total: u64,
-}
-
 /// A file to look at.
 struct Item<B: Backing> {
     name: Name<B>,
@@ -128,6 +53,7 @@ struct Run<'a, B: Backing> {
     store: &'a Store<B>,
     request: &'a Request,
     control: &'a Control,
+    turns: Turns<'a>,
     journal: Option<Journal<'a, B>>,
     counts: Mutex<RekeyCounts>,
     failures: Mutex<Vec<Failure>>,
@@ -154,9 +80,9 @@ fn evasive() -> StoreError {
 }
 
 /// A node's place among those that are being rekeyed, until this is dropped.
-struct Turn<'a>(&'a Mutex<HashSet<u64>>, u64);
+struct Alone<'a>(&'a Mutex<HashSet<u64>>, u64);
 
-impl<'a> Turn<'a> {
+impl<'a> Alone<'a> {
     /// `None` if it is being rekeyed already.
     fn take<B: Backing>(under_way: &'a Mutex<HashSet<u64>>, node: &Node<B>) -> Option<Self> {
         let id = node.id();
@@ -165,7 +91,7 @@ impl<'a> Turn<'a> {
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Alone<'_> {
     fn drop(&mut self) {
         self.0.lock().remove(&self.1);
     }
@@ -210,6 +136,7 @@ pub fn rekey<B: Backing>(
         store,
         request,
         control,
+        turns: Turns::new(&request.pace(), control, &shared.load),
         journal,
         counts: Mutex::default(),
         failures: Mutex::default(),
@@ -310,12 +237,13 @@ impl<B: Backing> Run<'_, B> {
     fn walk_and_work(&self, roots: Vec<Found<B>>, jobs: usize) -> Result<()> {
         let (send, receive) = sync_channel::<Item<B>>(2 * jobs);
         let receive = Arc::new(Mutex::new(receive));
+        self.give_way();
         std::thread::scope(|scope| {
             let workers: Vec<_> = (0..jobs)
                 .map(|_| {
                     let receive = Arc::clone(&receive);
                     scope.spawn(move || {
-                        self.store.shared().backing.give_way();
+                        self.give_way();
                         loop {
                             let next = receive.lock().recv();
                             let Ok(item) = next else { return };
@@ -337,8 +265,19 @@ impl<B: Backing> Run<'_, B> {
         })
     }
 
+    fn give_way(&self) {
+        if !self.request.full_speed {
+            self.store.shared().backing.give_way();
+        }
+    }
+
     fn checkpoint(&self) -> Result<()> {
-        self.control.checkpoint().map_err(|_| cancelled())
+        self.control.checkpoint().map_err(|Cancelled| cancelled())
+    }
+
+    /// Returns when there is time for something small. The caller is at work, and holds no lock that a user may want.
+    fn turn(&self) -> Result<()> {
+        self.turns.next_of(0, true).map_err(|Cancelled| cancelled())
     }
 
     /// Comes to every file, and hands it on. Files with several names are dealt with in between.
@@ -415,7 +354,8 @@ impl<B: Backing> Run<'_, B> {
 
     /// Deals with one file.
     fn one(&self, item: Item<B>) {
-        if self.checkpoint().is_err() {
+        let _at_work = self.turns.at_work();
+        if self.turn().is_err() {
             return;
         }
         self.count(|c| c.scanned += 1);
@@ -463,7 +403,7 @@ impl<B: Backing> Run<'_, B> {
             self.count(|c| (c.rekeyed, c.bytes) = (c.rekeyed + 1, c.bytes + attr.size));
             return Ok(());
         }
-        let Some(turn) = Turn::take(&self.under_way, &item.node) else {
+        let Some(alone) = Alone::take(&self.under_way, &item.node) else {
             // Met twice at once: it is being done, and counts there.
             return Ok(());
         };
@@ -473,7 +413,7 @@ impl<B: Backing> Run<'_, B> {
             done = self.store.rekey(&name, &|n| self.step(n))?;
         }
         // First, so that whoever moves it then can have it.
-        drop(turn);
+        drop(alone);
         match done {
             Rekeyed::Linked => drop(self.linked.lock().insert(item.node.key(), item)),
             Rekeyed::Gone if self.is_there(&item) => return Err(evasive()),
@@ -496,7 +436,10 @@ impl<B: Backing> Run<'_, B> {
 
     fn step(&self, bytes: u64) -> Result<()> {
         self.copied.fetch_add(bytes, Ordering::Relaxed);
-        self.checkpoint()
+        let units = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX);
+        // Told 0, it must not wait, neither for users nor for the end of a pause.
+        let go_on = if bytes == 0 { self.control.check() } else { self.turns.next_of(units, true) };
+        go_on.map_err(|Cancelled| cancelled())
     }
 
     fn ended(&self, r: Rekeyed) {
@@ -513,18 +456,19 @@ impl<B: Backing> Run<'_, B> {
 
     /// Deals with the files with several names that were met so far.
     fn move_linked(&self) -> Result<()> {
+        let _at_work = self.turns.at_work();
         let mut left = std::mem::take(&mut *self.linked.lock());
         for look in 1..=LOOKS {
             if left.is_empty() {
                 return Ok(());
             }
             let wanted: Vec<_> = left.values().map(|i| i.node.key()).collect();
-            let mut names = self.store.names_of(&wanted, &|_| self.checkpoint())?;
+            let mut names = self.store.names_of(&wanted, &|_| self.turn())?;
             let mut again = HashMap::new();
             for (_, item) in left {
-                self.checkpoint()?;
+                self.turn()?;
                 let all = names.remove(&item.node.key()).unwrap_or_default();
-                let Some(_turn) = Turn::take(&self.under_way, &item.node) else { continue };
+                let Some(_alone) = Alone::take(&self.under_way, &item.node) else { continue };
                 match self.store.rekey_all(&all, &|n| self.step(n)) {
                     // Linked, renamed or removed since.
                     Ok(Rekeyed::Linked | Rekeyed::Gone) if look < LOOKS => drop(again.insert(item.node.key(), item)),

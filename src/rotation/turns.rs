@@ -45,9 +45,14 @@ impl<'a> Turns<'a> {
     /// Returns when the next header's turn has come. The caller is at work, and holds no lock that a user may want.
     /// One that cannot wait begins at once; those after it make up for that.
     pub(super) fn next(&self, can_wait: bool) -> Result<(), Cancelled> {
+        self.next_of(1, can_wait)
+    }
+
+    /// The same for something that counts for `units` of what the rate is a limit of.
+    pub(super) fn next_of(&self, units: u32, can_wait: bool) -> Result<(), Cancelled> {
         self.control.checkpoint()?;
         let now = Instant::now();
-        let paced = self.pace.as_ref().map_or(Duration::ZERO, |p| p.lock().grant(1, now));
+        let paced = self.pace.as_ref().map_or(Duration::ZERO, |p| p.lock().grant(units, now));
         if !can_wait {
             return Ok(());
         }

@@ -45,6 +45,8 @@ pub(super) const REKEY_DIR: &[u8] = b"rekey";
 const NEW_PREFIX: &[u8] = b"new.";
 /// Rounds in which what was written meanwhile is copied again, before the rest is done with the file's lock held.
 const ROUNDS: usize = 8;
+/// In so many of them `step` may wait. In the others the copy must be quicker than whoever writes, or it never catches up.
+const GENTLE_ROUNDS: usize = 2;
 /// So many segments are few enough to be copied while everybody waits: 2 MiB.
 const FEW: usize = 4;
 /// How often a file is begun anew whose names or KEK changed on the way.
@@ -133,7 +135,8 @@ fn busy() -> StoreError {
 
 impl<B: Backing> Store<B> {
     /// Gives the file at `name`, its only name, a new DEK. `step` is told the bytes of each stretch that was copied, and
-    /// may end the work. Durable when it returns. The file's times, mode, owner and attributes stay, but for ctime; so
+    /// may wait, for no lock is held then, or end the work. When it is told 0, it may only end it: the longer it takes,
+    /// the more is written meanwhile that users must wait for. Durable when it returns. The file's times, mode, owner and attributes stay, but for ctime; so
     /// does its inode number while the mount lives and the kernel knows it.
     ///
     /// # Errors
@@ -193,10 +196,11 @@ impl<B: Backing> Store<B> {
         let mut unfinished = Unfinished { backing: b, folder, name, keep: false };
         let fresh = Fresh::begin(self.shared(), source, Arc::clone(&copy), file)?;
         fresh.copy_all(step)?;
-        let mut rounds = 0;
-        while fresh.catch_up()? > FEW && rounds < ROUNDS {
-            step(0)?;
-            rounds += 1;
+        for round in 0..=ROUNDS {
+            let gently = round < GENTLE_ROUNDS;
+            if fresh.catch_up(&|bytes| step(if gently { bytes } else { 0 }))? <= FEW {
+                break;
+            }
         }
         // Most of it is made durable, and a header made if all is a hole, while nobody waits.
         fresh.stretch()?;

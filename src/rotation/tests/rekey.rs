@@ -47,6 +47,15 @@ fn all() -> Request {
     Request { paths: vec![Vec::new()], ..Request::default() }
 }
 
+/// Calls something whenever progress is told.
+struct Told<F>(F);
+
+impl<F: Fn(&Status) + Sync> Progress for Told<F> {
+    fn update(&self, s: &Status) {
+        (self.0)(s);
+    }
+}
+
 fn go(s: &Arc<Store<SimDisk>>, r: &Request) -> RekeyReport {
     rekey(s, r, &(), &Control::new()).unwrap()
 }
@@ -95,6 +104,36 @@ fn only_what_meets_the_criteria() {
     let active = s.shared().keys.with_active(|k| k.id());
     let both = Request { kek: Some(active), written_before: Some((t.sec, t.nsec)), ..all() };
     assert_eq!(go(&s, &both).counts.rekeyed, 4);
+}
+
+/// It listens to what users wait, and says that it may be its doing; unless nobody is to be heeded.
+#[test]
+fn users_are_listened_to_while_it_works_and_not_after() {
+    use crate::store::load::{Histogram, Kind as Call};
+    let busy = |full_speed| {
+        let (disk, _, s) = tree();
+        let user = Arc::clone(&s);
+        disk.set_hook(Some(Arc::new(move |m| {
+            if m == Moment::Before(Op::Rename) {
+                user.shared().load.measure(Call::Read, || ());
+            }
+        })));
+        let heard = Arc::new(parking_lot::Mutex::new(0));
+        let (sum, load) = (Arc::clone(&heard), Arc::clone(&s));
+        let told = move |_: &Status| {
+            let (quiet, busy) = load.shared().load.take();
+            assert_eq!(quiet.iter().map(Histogram::total).sum::<u64>(), 0);
+            *sum.lock() += busy.iter().map(Histogram::total).sum::<u64>();
+        };
+        rekey(&s, &Request { full_speed, jobs: NonZeroUsize::new(1), ..all() }, &Told(told), &Control::new()).unwrap();
+        disk.set_hook(None);
+        s.shared().load.measure(Call::Read, || ());
+        assert!(s.shared().load.take().0.iter().all(|h| h.total() == 0), "nobody listens any more");
+        let heard = *heard.lock();
+        heard
+    };
+    assert!(busy(false) > 0);
+    assert_eq!(busy(true), 0);
 }
 
 /// A file whose content is damaged makes it incomplete; the same request goes on, another one and `restart` do not.

@@ -68,6 +68,10 @@ struct Run {
     hole: bool,
 }
 
+fn bytes_of(runs: &[Run]) -> u64 {
+    runs.iter().map(|r| r.len as u64).sum()
+}
+
 /// The copy of an open file, in a new backing file that nobody else knows. Dropping it ends the copying; the backing
 /// file is the caller's to remove.
 pub(in crate::store) struct Fresh<B: Backing> {
@@ -124,20 +128,21 @@ impl<B: Backing> Fresh<B> {
                 core.read_runs(&inner, geometry::segment_of(at), &mut buf)?
             };
             self.put(&runs, &buf)?;
-            step(runs.iter().map(|r| r.len as u64).sum())?;
+            step(bytes_of(&runs))?;
             at = geometry::first_block(geometry::segment_of(at) + 1);
         }
     }
 
-    /// Copies again what has changed since the last look; returns how many segments those were.
+    /// Copies again what has changed since the last look; returns how many segments those were. `step` as there.
     ///
     /// # Errors
-    /// As [`Fresh::copy_all`].
-    pub fn catch_up(&self) -> Result<usize> {
+    /// As [`Fresh::copy_all`]; the copy is of no use then.
+    pub fn catch_up(&self, step: &dyn Fn(u64) -> Result<()>) -> Result<usize> {
         let mut buf = Vec::new();
         self.copy_changed(|segment| {
             let runs = self.source.core.read_runs(&*self.source.read_lock()?, segment, &mut buf)?;
-            self.put(&runs, &buf)
+            self.put(&runs, &buf)?;
+            step(bytes_of(&runs))
         })
     }
 

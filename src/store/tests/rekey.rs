@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::backing::sim::{Journal, Moment, Op, PowerCut};
-use crate::backing::{Access, SetTime, Timestamp, XattrMode};
+use crate::backing::{Access, RenameMode, SetTime, Timestamp, XattrMode};
 use crate::crypto::kdf;
 use crate::format::damage::Damage;
 use crate::format::geometry;
@@ -12,7 +12,7 @@ use crate::format::names::STORE_DIR;
 use crate::store::file::{FileAllocate, OpenFile};
 use crate::store::header::{Source, open_dek, read_slots, wrap_slot};
 use crate::store::rekey::{Name, REKEY_DIR, Rekeyed, is_interrupted};
-use crate::store::{Result, SetAttr};
+use crate::store::{Result, SetAttr, StoreError};
 use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +29,10 @@ fn make<B: Backing>(s: &Store<B>, name: &[u8], content: &[u8]) -> (Arc<Node<B>>,
         f.write(0, content).unwrap();
     }
     (n, f)
+}
+
+fn make_in<B: Backing>(s: &Store<B>, dir: &Arc<Node<B>>, name: &[u8]) {
+    s.create(dir, name, 0o640, 0, None).unwrap().2.write(0, b"new").unwrap();
 }
 
 fn read<B: Backing>(s: &Store<B>, dir: &Arc<Node<B>>, name: &[u8]) -> Vec<u8> {
@@ -158,7 +162,8 @@ mod bodies {
                         f.set_len(at as u64)?;
                         want.resize(at, 0);
                     }
-                    1 if seed % 3 == 0 => {
+                    // Emptied over and over, it would be begun anew too often.
+                    1 if seed % 3 == 0 && left.get() > 25 => {
                         f.set_len(0)?;
                         want.clear();
                     }
@@ -519,6 +524,58 @@ fn a_name_given_twice_is_one_name() {
     assert_eq!(s.rekey_all(&[one.clone(), one.clone()], NOTHING).unwrap(), Rekeyed::Linked);
     assert!(matches!(s.rekey_all(&[one.clone(), two, one], NOTHING).unwrap(), Rekeyed::Done { .. }));
     assert!(Arc::ptr_eq(&s.lookup(&s.root(), b"one").unwrap().0, &s.lookup(&s.root(), b"two").unwrap().0));
+}
+
+/// Where it may rest for the sake of users, it holds no lock that any of them wants: each of these would wait for ever.
+#[test]
+fn where_it_may_wait_it_holds_no_lock() {
+    let (_, s) = new_sim();
+    let (n, f) = make(&s, b"f", &content(1_200_000, 8));
+    let (d, _) = s.mkdir(&s.root(), b"d", 0o755, 0, None).unwrap();
+    s.link(&n, &d, b"g").unwrap();
+    let all = s.names_of(&[n.key()], NOTHING).unwrap().remove(&n.key()).unwrap();
+    let told = Cell::new(0);
+    let step = |bytes: u64| {
+        told.set(told.get() + 1);
+        f.write(told.get() * 1000, b"at work")?;
+        s.setattr(&n, &SetAttr { mode: Some(0o600), ..SetAttr::default() }, None)?;
+        s.set_xattr(&n, b"user.x", &bytes.to_le_bytes(), XattrMode::Any)?;
+        for dir in [&s.root(), &d] {
+            make_in(&s, dir, format!("new {}", told.get()).as_bytes());
+            s.rename(dir, if dir.id() == d.id() { b"g" } else { b"f" }, dir, b"other", RenameMode::Replace)?;
+            s.rename(dir, b"other", dir, if dir.id() == d.id() { b"g" } else { b"f" }, RenameMode::Replace)?;
+        }
+        s.sync_file(&n, &f)
+    };
+    assert!(matches!(s.rekey_all(&all, &step).unwrap(), Rekeyed::Done { .. }));
+    assert!(told.get() > 3, "{}", told.get());
+    assert_eq!(read(&s, &s.root(), b"f")[1000..1007], *b"at work");
+}
+
+/// Whoever writes all the time is caught up with: after a while it does not rest any more, though it may still be ended.
+#[test]
+fn a_writer_is_not_given_way_to_for_ever() {
+    // Six segments.
+    const ALL: usize = 3_000_000;
+    let (_, s) = new_sim();
+    let (_, f) = make(&s, b"f", &content(ALL, 9));
+    let (waits, quick) = (Cell::new(0), Cell::new(0));
+    let step = |bytes| {
+        if bytes > 0 {
+            waits.set(waits.get() + bytes)
+        } else {
+            quick.set(quick.get() + 1)
+        }
+        // Everything, before the next stretch: as fast as no copy is.
+        f.write(0, &content(ALL, quick.get() as u8)).map(drop)
+    };
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), &step).unwrap(), Rekeyed::Done { .. }));
+    let all = ALL as u64;
+    assert!((3 * all..4 * all).contains(&waits.get()), "the copy and two rounds: {}", waits.get());
+    assert!(quick.get() > 6 * 6, "the other rounds: {}", quick.get());
+    assert!(read(&s, &s.root(), b"f") == content(ALL, quick.get() as u8));
+    let end = |bytes| if bytes > 0 { f.write(0, &content(ALL, 1)).map(drop) } else { Err(StoreError::Invalid) };
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), &end), Err(StoreError::Invalid)));
 }
 
 /// A second copy of the same file is refused, and takes nothing from the first.

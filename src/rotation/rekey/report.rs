@@ -1,0 +1,100 @@
+//! What a rekey is asked, and what it says.
+
+use crate::format::ids::{KekId, StoreId};
+use crate::rotation::options::Options;
+use crate::rotation::report::Failure;
+use serde::{Deserialize, Serialize};
+use std::num::{NonZeroU32, NonZeroUsize};
+
+/// What the limit of the rate counts: pieces of content of so many bytes, and how many make a megabyte.
+pub(super) const UNIT: u64 = 1000;
+const UNITS: u32 = 1000;
+
+/// What a run is asked.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Paths from the root of the store: files, or directories with all below them. An empty path is the root.
+    pub paths: Vec<Vec<u8>>,
+    /// Only files whose content was last changed before: seconds and nanoseconds since the epoch.
+    pub written_before: Option<(i64, u32)>,
+    /// Only files whose DEK is wrapped under this KEK now.
+    pub kek: Option<KekId>,
+    /// At most so many megabytes (10^6 bytes) of content a second. `None`: as fast as users of the store do not feel it.
+    pub rate: Option<NonZeroU32>,
+    /// Take no heed of what users of the store wait: neither rest nor idle I/O priority.
+    pub full_speed: bool,
+    /// Worker threads.
+    pub jobs: Option<NonZeroUsize>,
+    /// Count only, change nothing.
+    pub dry_run: bool,
+    /// Do again what an unfinished run of the same request has done.
+    pub restart: bool,
+}
+
+impl Request {
+    /// What makes two runs the same.
+    pub(super) fn identity(&self) -> Vec<u8> {
+        let mut paths = self.paths.clone();
+        paths.sort();
+        serde_json::to_vec(&(paths, self.written_before, self.kek)).unwrap_or_default()
+    }
+
+    /// How fast it may go, for [`Turns`](crate::rotation::turns::Turns).
+    pub(super) fn pace(&self) -> Options {
+        let rate = self.rate.and_then(|r| NonZeroU32::new(r.get().saturating_mul(UNITS)));
+        Options { rate, full_speed: self.full_speed, ..Options::default() }
+    }
+}
+
+/// What became of files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RekeyCounts {
+    /// Regular files met; one with several names counts for each that was met.
+    pub scanned: u64,
+    /// Files with a new DEK; in a dry run those that would get one.
+    pub rekeyed: u64,
+    /// Bytes of their content.
+    pub bytes: u64,
+    /// Files that do not meet the criteria.
+    pub skipped: u64,
+    /// Files that an earlier part of this run has done.
+    pub done_before: u64,
+    /// Empty files: they have no DEK.
+    pub empty: u64,
+    /// Files that went away meanwhile.
+    pub vanished: u64,
+    /// Files and directories that could not be dealt with; they are as they were.
+    pub failed: u64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RekeyOutcome {
+    Complete,
+    /// Some file could not be dealt with. Exit code 9.
+    Incomplete,
+    /// Stopped on request. Exit code 9.
+    Cancelled,
+    DryRun,
+}
+
+/// The account of a run. `rekey --json`; stable.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RekeyReport {
+    pub outcome: RekeyOutcome,
+    pub store: StoreId,
+    /// Version of the program.
+    pub version: String,
+    /// An unfinished run of the same request was taken up.
+    pub resumed: bool,
+    /// Seconds since the epoch.
+    pub started: u64,
+    pub finished: u64,
+    pub counts: RekeyCounts,
+    /// Failures, at most [`FAILURES_MAX`](crate::rotation::report::FAILURES_MAX) of them; paths are from the root of the store.
+    pub failures: Vec<Failure>,
+    /// All failures, also those not named.
+    pub failures_total: u64,
+}

@@ -35,7 +35,9 @@ fn advice(kind: FaultKind, subject: &str) -> String {
             "it proves nothing: keep it as it is, and take another copy, or make a new one with: rotate --report".into()
         }
         FaultKind::RotationIncomplete => format!("what is done stays done; finish it with: envelopefs rotate {s}"),
-        FaultKind::RekeyIncomplete => "what is done stays done; the same command goes on with the rest".into(),
+        FaultKind::RekeyIncomplete => {
+            "what is done stays done; a rekey of the same paths and options goes on with the rest".into()
+        }
         FaultKind::NotMounted => "mount it first with: envelopefs mount BACKING MOUNTPOINT".into(),
         FaultKind::MountPoint => "use an existing directory outside the backing directory".into(),
         FaultKind::MountTaken => "use another mount point, or unmount that one first".into(),

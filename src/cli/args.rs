@@ -309,7 +309,7 @@ pub struct RotateArgs {
 
 #[derive(Debug, Args)]
 pub struct RekeyArgs {
-    /// Files and directories of one mounted store; directories with all that is in them
+    /// Files and directories of one mounted store; directories with all that is in them. With --status, --pause, --resume and --cancel: anything in the store, or its backing directory
     #[arg(value_name = "PATH", required = true)]
     pub paths: Vec<PathBuf>,
     /// Only files whose content was last changed before DATE, such as 2026-11-24 or 2026-11-24T18:00:00+01:00
@@ -333,6 +333,21 @@ pub struct RekeyArgs {
     /// Begin anew; without: go on with an unfinished rekey of the same paths and options
     #[arg(long)]
     pub restart: bool,
+    /// Leave the rekey to the daemon and return
+    #[arg(long, conflicts_with = "steer")]
+    pub detach: bool,
+    /// Pause the rekey under way
+    #[arg(long, group = "steer")]
+    pub pause: bool,
+    /// Let a paused rekey go on
+    #[arg(long, group = "steer")]
+    pub resume: bool,
+    /// Stop the rekey under way; a later one of the same paths and options goes on with it
+    #[arg(long, group = "steer")]
+    pub cancel: bool,
+    /// Say how the rekey under way stands, or how the last one ended
+    #[arg(long, group = "steer")]
+    pub status: bool,
     /// One JSON object at the end
     #[arg(long)]
     pub json: bool,

@@ -24,6 +24,7 @@ pub mod place;
 pub mod progress;
 pub mod recovery;
 pub mod rekey;
+pub mod rekey_status;
 pub mod report;
 pub mod root_keys;
 pub mod rotate;

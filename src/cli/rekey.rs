@@ -1,14 +1,14 @@
 //! `rekey`: through the daemon of the mount that the paths lie in.
 
 use super::args::RekeyArgs;
-use super::output;
 use super::place::Place;
 use super::progress::Meter;
+use super::rotate::switch;
+use super::{output, rekey_status};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::mounts;
-use crate::daemon::protocol::{Reply, Request};
-use crate::rotation::Status;
-use crate::rotation::rekey::{self, RekeyCounts, RekeyOutcome, RekeyReport};
+use crate::daemon::protocol::{RekeyState, Reply, Request, Work};
+use crate::rotation::rekey::{self, RekeyCounts, RekeyOutcome, RekeyReport, RekeyStatus};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -26,10 +26,21 @@ rotate come first and then rekey: new file keys are wrapped under the KEK that i
 /// [`FaultKind::RekeyIncomplete`] if files are left; [`FaultKind::NotMounted`]; [`FaultKind::RotationRunning`]; the
 /// store's.
 pub fn run(a: &RekeyArgs) -> Result<(), Fault> {
+    if a.status {
+        return rekey_status::run(&place(a)?, a.json);
+    }
+    if let Some(how) = switch(a.pause, a.resume, a.cancel) {
+        let place = place(a)?;
+        let c = place.connect()?.ok_or_else(|| {
+            let text = format!("{}: no rekey is under way: the store is not mounted", place.backing.display());
+            Fault::new(FaultKind::NotMounted, text)
+        })?;
+        return c.ask(&Request::Steer { what: Work::Rekey, how }, |_| {}).map(drop);
+    }
     let (mountpoint, paths) = below_one_mount(&a.paths)?;
     let place = Place::find(&mountpoint)?;
     let connection = place.connect()?.ok_or_else(|| not_mounted(&mountpoint))?;
-    let request = rekey::Request {
+    let asked = rekey::Request {
         paths,
         written_before: a.written_before,
         kek: a.kek,
@@ -40,11 +51,31 @@ pub fn run(a: &RekeyArgs) -> Result<(), Fault> {
         restart: a.restart,
     };
     let meter = Meter::new(a.json);
-    let reply = connection.ask(&Request::Rekey(request), |s| show(&meter, s))?;
+    let request = Request::Rekey { asked, detach: a.detach };
+    let reply = connection.ask_rekey(&request, |s| show(&meter, s)).map_err(|f| f.about(&mountpoint))?;
     meter.end();
     match reply {
-        Reply::Rekeyed(r) => finish(&r, a),
-        _ => Err(Fault::new(FaultKind::Daemon, "the daemon did not say how the rekey ended")),
+        Reply::Rekey(s) => match (s.report, s.fault) {
+            (Some(r), _) => finish(&r, a),
+            (None, Some(f)) => Err(f.about(&mountpoint)),
+            (None, None) => Err(Fault::new(FaultKind::Daemon, "the daemon did not say how the rekey ended")),
+        },
+        _ if a.json => output::print_json(&RekeyState { running: true, ..Default::default() }),
+        _ => {
+            let at = mountpoint.display();
+            output::print(&format!("rekey started; follow it with: envelopefs rekey --status {at}\n"))
+        }
+    }
+}
+
+/// The store that the first path lies in, or whose backing directory it is.
+fn place(a: &RekeyArgs) -> Result<Place, Fault> {
+    let [path] = a.paths.as_slice() else {
+        return Err(Fault::new(FaultKind::Usage, "one path says which store's rekey is meant"));
+    };
+    match below_one_mount(&a.paths) {
+        Ok((mountpoint, _)) => Place::find(&mountpoint),
+        Err(_) => Place::find(path),
     }
 }
 
@@ -73,8 +104,10 @@ fn below_one_mount(paths: &[PathBuf]) -> Result<(PathBuf, Vec<Vec<u8>>), Fault> 
     Ok((at, below))
 }
 
-fn show(meter: &Meter, s: &Status) {
-    meter.update(s.counts.scanned, None, &format!("{} rekeyed, {:.1} MB/s", s.counts.rewrapped, s.rate / 1e6));
+fn show(meter: &Meter, s: &RekeyStatus) {
+    let paused = if s.paused { ", paused" } else { "" };
+    let says = format!("{} rekeyed, {:.1} MB/s{paused}", s.counts.rekeyed, s.rate / 1e6);
+    meter.update(s.counts.scanned, s.expected, &says);
 }
 
 fn finish(r: &RekeyReport, a: &RekeyArgs) -> Result<(), Fault> {
@@ -106,7 +139,7 @@ fn text(r: &RekeyReport) -> String {
 }
 
 /// What else was met.
-fn besides(c: &RekeyCounts) -> String {
+pub(super) fn besides(c: &RekeyCounts) -> String {
     let others = [(c.skipped, "do not meet the criteria"), (c.empty, "are empty"), (c.vanished, "went away")];
     others.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("; {n} {what}")).collect()
 }

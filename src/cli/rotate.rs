@@ -11,7 +11,7 @@ use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::{Taken, VolumeLock};
 use crate::daemon::observed::Observed;
-use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState};
+use crate::daemon::protocol::{Hidden, Reply, Request, RotateRequest, RotationState, Switch, Work};
 use crate::daemon::rotate::BESIDE_READERS;
 use crate::daemon::{open, rotate};
 use crate::kms::ConnectOptions;
@@ -39,10 +39,9 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         (None, None) => {}
     }
     let connection = place.connect().map_err(|f| beside(&place, f))?;
-    let steer = [(a.pause, Request::RotatePause), (a.resume, Request::RotateResume), (a.cancel, Request::RotateCancel)];
-    if let Some((_, request)) = steer.into_iter().find(|(asked, _)| *asked) {
+    if let Some(how) = switch(a.pause, a.resume, a.cancel) {
         let c = connection.ok_or_else(|| not_mounted(&place, "no rotation is under way: the store is not mounted"))?;
-        return c.ask(&request, |_| {}).map(drop);
+        return c.ask(&Request::Steer { what: Work::Rotation, how }, |_| {}).map(drop);
     }
     let waive = waivers::read(a.waive.as_deref())?;
     let file = report_file(a, &place)?;
@@ -101,6 +100,12 @@ fn beside(place: &Place, f: Fault) -> Fault {
         true => Fault::new(f.kind, format!("{}; {BESIDE_READERS}", f.message)),
         false => f,
     }
+}
+
+/// Which switch of a run is asked for, if one is.
+pub(super) fn switch(pause: bool, resume: bool, cancel: bool) -> Option<Switch> {
+    let all = [(pause, Switch::Pause), (resume, Switch::Resume), (cancel, Switch::Cancel)];
+    all.into_iter().find_map(|(asked, how)| asked.then_some(how))
 }
 
 /// Where the report goes, if there is to be one.
@@ -227,7 +232,7 @@ fn cancel_in_daemon_on_signal(target: &Path) -> Result<(), Fault> {
         let asked = Place::find(&target).and_then(|p| p.connect());
         if let Ok(Some(c)) = asked {
             // Fails only if there is nothing to cancel: too early or too late.
-            let _ = c.ask(&Request::RotateCancel, |_| {});
+            let _ = c.ask(&Request::Steer { what: Work::Rotation, how: Switch::Cancel }, |_| {});
         }
     })
 }

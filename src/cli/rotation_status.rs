@@ -69,15 +69,16 @@ impl OnDisk {
         let rotation_unfinished = place.keyring.keks.iter().any(is_unfinished);
         // Journals of shards stay when their rotation is over.
         let target = place.keyring.active().map(|k| k.id).filter(|_| rotation_unfinished);
-        let shards = readable("journals of shards", shares::noted(b).map(Some)).unwrap_or_default().into_iter();
+        let shards =
+            readable("journals of shards of rotations", shares::noted(b).map(Some)).unwrap_or_default().into_iter();
         Self {
             rotation_unfinished,
-            last_rotation: readable("journal", last_noted(b, None)).map(last),
+            last_rotation: readable("journal of rotations", last_noted(b, None)).map(last),
             shards: shards
                 .filter(|(_, r, _)| Some(r.target) == target)
                 .map(|(shard, r, noted)| ShardNoted { shard, last: last((r, noted)) })
                 .collect(),
-            exceptions: readable("exceptions", excepted(place)),
+            exceptions: readable("exceptions of rotations", excepted(place)),
         }
     }
 
@@ -88,9 +89,10 @@ impl OnDisk {
     }
 }
 
-fn readable<T>(what: &str, read: io::Result<Option<T>>) -> Option<T> {
+/// What was read; what cannot be is said and left out.
+pub(super) fn readable<T>(what: &str, read: io::Result<Option<T>>) -> Option<T> {
     read.unwrap_or_else(|e| {
-        eprintln!("envelopefs: {what} of rotations cannot be read: {e}");
+        eprintln!("envelopefs: {what} cannot be read: {e}");
         None
     })
 }
@@ -212,7 +214,7 @@ pub fn in_words(e: &Exceptions) -> String {
 const SHOWN: usize = 10;
 
 /// The first few failures, a line each.
-fn listed(all: &[Failure]) -> String {
+pub(super) fn listed(all: &[Failure]) -> String {
     in_lines(all, Failure::in_words)
 }
 
@@ -249,7 +251,8 @@ fn running(s: &Status) -> String {
     t + &failing("sweep", &s.sweep_failures) + &failing("scan", &s.verify_failures)
 }
 
-fn failing(pass: &str, f: &Failing) -> String {
+/// What has failed in a pass, for people.
+pub(super) fn failing(pass: &str, f: &Failing) -> String {
     let mut t = String::new();
     if f.total > 0 {
         let codes: Vec<String> = f.by_code.iter().map(|(code, n)| format!("{n} {code}")).collect();
@@ -314,7 +317,7 @@ fn shared_out(shards: &[ShardNoted]) -> String {
 }
 
 /// A time to come, in the largest unit that says enough.
-fn minutes(seconds: f64) -> String {
+pub(super) fn minutes(seconds: f64) -> String {
     match seconds {
         s if s < 90.0 => format!("{s:.0} s"),
         s if s < 5400.0 => format!("{:.0} min", s / 60.0),

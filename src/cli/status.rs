@@ -3,7 +3,7 @@
 use super::args::StatusArgs;
 use super::place::Place;
 use super::rotation_status::OnDisk;
-use super::{output, rotation_status};
+use super::{output, rekey_status, rotation_status};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
 use crate::daemon::protocol::{DaemonStatus, KeysState, KeysStatus, Reply, Request};
@@ -28,6 +28,8 @@ struct Status {
     plaintext_names: bool,
     #[serde(flatten)]
     rotation: OnDisk,
+    #[serde(flatten)]
+    rekey: rekey_status::OnDisk,
     keyring: KeyringView,
     /// What the daemon says of itself; `null` if the store is not mounted.
     daemon: Option<DaemonStatus>,
@@ -143,6 +145,7 @@ pub fn run(a: &StatusArgs) -> Result<(), Fault> {
         plaintext_names: k.plaintext_names(),
         keyring: KeyringView::new(k, &rotation),
         rotation,
+        rekey: rekey_status::OnDisk::find(&place),
         daemon,
     };
     if a.json { output::print_json(&status) } else { output::print(&text(&status)) }
@@ -196,6 +199,13 @@ fn text(s: &Status) -> String {
     if s.rotation.rotation_unfinished && !s.daemon.as_ref().and_then(|d| d.rotation.as_ref()).is_some_and(|r| r.running)
     {
         t += "rotation  unfinished; the next rotate goes on with it\n";
+    }
+    let rekey = s.daemon.as_ref().and_then(|d| d.rekey.as_ref());
+    if let Some(r) = rekey {
+        t += &format!("rekey     {}\n", rekey_status::in_words(r));
+    }
+    if !rekey.is_some_and(|r| r.running) {
+        s.rekey.left(s.daemon.is_some()).iter().for_each(|l| t += &format!("rekey     {l}\n"));
     }
     t += &s.rotation.exceptions.as_ref().map_or_else(String::new, rotation_status::in_words);
     t + &keys(&s.keyring)

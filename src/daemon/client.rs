@@ -5,6 +5,7 @@ use super::protocol::{self, Reply, Request};
 use super::{runtime_dir, server};
 use crate::format::ids::StoreId;
 use crate::rotation::Status;
+use crate::rotation::rekey::RekeyStatus;
 use rustix::process::Pid;
 use std::io::{self, BufReader};
 use std::os::unix::net::UnixStream;
@@ -102,15 +103,32 @@ impl Connection {
     ///
     /// # Errors
     /// The daemon's own fault, or [`FaultKind::Daemon`] if it went away.
-    pub fn ask(mut self, request: &Request, mut progress: impl FnMut(&Status)) -> Result<Reply, Fault> {
+    pub fn ask(self, request: &Request, mut progress: impl FnMut(&Status)) -> Result<Reply, Fault> {
+        self.until_the_last(request, |r| if let Reply::Progress(s) = r { Some(progress(s)) } else { None })
+    }
+
+    /// The same for a rekey.
+    ///
+    /// # Errors
+    /// As [`Connection::ask`].
+    pub fn ask_rekey(self, request: &Request, mut progress: impl FnMut(&RekeyStatus)) -> Result<Reply, Fault> {
+        self.until_the_last(request, |r| if let Reply::RekeyProgress(s) = r { Some(progress(s)) } else { None })
+    }
+
+    /// Sends `request` and returns the first reply that is not for `progress`.
+    fn until_the_last(
+        mut self,
+        request: &Request,
+        mut progress: impl FnMut(&Reply) -> Option<()>,
+    ) -> Result<Reply, Fault> {
         let gone = |e: io::Error| Fault::new(FaultKind::Daemon, format!("the daemon went away: {}", plain(&e)));
         protocol::send(&mut self.stream, request).map_err(gone)?;
         let mut reader = BufReader::new(self.stream);
         loop {
             match protocol::receive::<Reply>(&mut reader, protocol::REPLY_MAX).map_err(gone)? {
-                Some(Reply::Progress(p)) => progress(&p),
                 Some(Reply::Failed(f)) => return Err(f),
-                Some(r) => return Ok(r),
+                Some(r) if progress(&r).is_none() => return Ok(r),
+                Some(_) => {}
                 None => return Err(Fault::new(FaultKind::Daemon, "the daemon went away without an answer")),
             }
         }

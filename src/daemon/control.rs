@@ -1,14 +1,14 @@
 //! What the daemon does for its clients.
 
 use super::fault::{Fault, FaultKind};
-use super::job::Job;
+use super::job::{Job, Rekey, Rotation, Run};
 use super::keys::KeyKeeper;
 use super::metrics::source::Source;
 use super::observed::Observed;
 use super::open;
 use super::protocol::{
     AuditHead, CacheStatus, Confirming, DaemonStatus, Hidden, KeysReply, KeysState, RefreshReport, Reply, Request,
-    RotateRequest, SealToCheck, Sealed,
+    RotateRequest, SealToCheck, Sealed, Switch, Work,
 };
 use super::rotate::BESIDE_READERS;
 use super::server::{Client, Handler};
@@ -51,12 +51,10 @@ impl Handler for Control {
     fn handle(&self, request: Request, client: &mut Client) -> io::Result<()> {
         let reply = match request {
             Request::Rotate(r) => return self.rotate(&r, client),
+            Request::Rekey { asked, detach } => return self.rekey(asked, detach, client),
             Request::RotateStage(r) => self.rotate_stage(&r).map(Reply::Staged),
             Request::Status => Ok(Reply::Status(Box::new(self.status()))),
-            Request::RotateStatus => Ok(Reply::Rotation(Box::new(self.job.state().unwrap_or_default()))),
-            Request::RotatePause => self.job.steer(rotation::Control::pause).map(|()| Reply::Done),
-            Request::RotateResume => self.job.steer(rotation::Control::resume).map(|()| Reply::Done),
-            Request::RotateCancel => self.job.steer(rotation::Control::cancel).map(|()| Reply::Done),
+            Request::Steer { what, how } => self.steer(what, how).map(|()| Reply::Done),
             Request::KeyAdd { uri, passphrase, confirm } => {
                 self.key_add(&uri, passphrase.as_ref(), &confirm).map(|()| Reply::Done)
             }
@@ -71,7 +69,6 @@ impl Handler for Control {
             Request::KekDestroy { id, when, confirm } => {
                 self.kek_destroy(&id, when, &confirm, client).map(Reply::Destruction)
             }
-            Request::Rekey(r) => self.rekey(&r, client).map(|r| Reply::Rekeyed(Box::new(r))),
             Request::Metrics => Ok(Reply::Metrics(self.metrics.page())),
             Request::AuditHead => Ok(Reply::AuditHead(self.audit_head())),
             Request::Seals { of, seals } => Ok(Reply::Seals(self.genuine(of, &seals))),
@@ -90,7 +87,7 @@ impl rotation::Progress for Watched<'_> {
     fn update(&self, s: &rotation::Status) {
         let mut client = self.client.lock();
         if client.is_gone() || client.send(&Reply::Progress(Box::new(s.clone()))).is_err() {
-            tracing::info!("the client that waits for a scan or a rekey has gone: cancelling it");
+            tracing::info!("the client that waits for a scan has gone: cancelling it");
             self.control.cancel();
         }
     }
@@ -117,7 +114,8 @@ impl Control {
                 evicted: c.evicted,
                 expired: c.expired,
             },
-            rotation: self.job.state(),
+            rotation: self.job.state::<Rotation>(),
+            rekey: self.job.state::<Rekey>(),
         }
     }
 
@@ -185,19 +183,36 @@ impl Control {
         let started = started.and_then(|options| {
             let store = self.store.clone();
             let backing = self.backing.clone();
-            self.job.start(move |progress, control| {
+            self.job.start::<Rotation>(move |progress, control| {
                 // What a dry run counts may be what shards are moving.
                 store.shared().renew_keys();
                 let report = super::rotate::mounted(&store, &options, progress, control);
                 let report = report.map_err(|e| Fault::store(&backing, &e))?;
                 let sealed = super::rotate::seal(&store, &report);
-                Ok((report, sealed))
+                Ok((report, Some(sealed)))
             })
         });
-        match started {
-            Ok(_) if r.detach => client.send(&Reply::Done),
-            Ok(number) => self.job.watch(number, false, client),
+        self.started::<Rotation>(started, r.detach, client)
+    }
+
+    /// Tells the client how a run gets on that it has started, or leaves it to itself.
+    fn started<K: Run>(&self, number: Result<u64, Fault>, detach: bool, client: &mut Client) -> io::Result<()> {
+        match number {
+            Ok(_) if detach => client.send(&Reply::Done),
+            Ok(number) => self.job.watch::<K>(number, client),
             Err(f) => client.send(&Reply::Failed(f)),
+        }
+    }
+
+    fn steer(&self, what: Work, how: Switch) -> Result<(), Fault> {
+        let how = match how {
+            Switch::Pause => rotation::Control::pause,
+            Switch::Resume => rotation::Control::resume,
+            Switch::Cancel => rotation::Control::cancel,
+        };
+        match what {
+            Work::Rotation => self.job.steer::<Rotation>(how),
+            Work::Rekey => self.job.steer::<Rekey>(how),
         }
     }
 
@@ -293,12 +308,16 @@ impl Control {
         }
     }
 
-    /// The client hears how it gets on, and ends it by going away; what is done stays done.
-    fn rekey(&self, r: &rekey::Request, client: &mut Client) -> Result<rekey::RekeyReport, Fault> {
-        self.job.rekey(|control| {
-            let teller = Watched { client: Mutex::new(client), control };
-            rekey::rekey(&self.store, r, &teller, control).map_err(|e| Fault::store(&self.mountpoint, &e))
-        })
+    fn rekey(&self, request: rekey::Request, detach: bool, client: &mut Client) -> io::Result<()> {
+        let (store, mountpoint) = (self.store.clone(), self.mountpoint.clone());
+        let started = match store.shared().read_only && !request.dry_run {
+            true => Err(Fault::store(&mountpoint, &StoreError::ReadOnly)),
+            false => self.job.start::<Rekey>(move |progress, control| {
+                let report = rekey::rekey(&store, &request, progress, control);
+                Ok((report.map_err(|e| Fault::store(&mountpoint, &e))?, None))
+            }),
+        };
+        self.started::<Rekey>(started, detach, client)
     }
 
     fn key_refresh(&self, dry_run: bool) -> Result<RefreshReport, Fault> {

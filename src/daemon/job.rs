@@ -1,41 +1,133 @@
-//! A rotation inside the daemon: one at a time, watched by any number of clients, steered by any of them.
+//! Rotations and rekeys inside the daemon: one at a time, watched by any number of clients, steered by any of them.
 
 use super::fault::{Fault, FaultKind};
-use super::protocol::{Reply, RotationState};
+use super::protocol::{RekeyState, Reply, RotationState, RunState};
 use super::server::Client;
+use crate::rotation::rekey::{RekeyReport, RekeyStatus};
 use crate::rotation::{Control, Progress, Report, SealedReport, Status};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::io;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a watching client hears something, and is looked at whether it is still there.
 const TICK: Duration = Duration::from_millis(250);
 
-#[derive(Default)]
-struct Inner {
-    state: Option<RotationState>,
-    control: Option<Arc<Control>>,
-    /// Work that must not meet a rotation.
-    other: Option<Other>,
-    /// Counts the rotations, so that a client watches the one it asked for.
+/// A kind of work that has a thread of its own, and whose last one is remembered.
+pub(super) trait Run: 'static {
+    type Status: Clone + PartialEq + Send;
+    type Report: Clone + Send;
+    /// What it is called.
+    const NAME: &'static str;
+    /// What keeps others out.
+    const WHAT: What;
+
+    /// Its place among what the daemon remembers.
+    fn last(inner: &mut Inner) -> &mut Last<Self::Status, Self::Report>;
+    /// What a client hears that watches it.
+    fn progress(status: Self::Status) -> Reply;
+    /// What that client hears in the end.
+    fn ended(state: RunState<Self::Status, Self::Report>) -> Reply;
+}
+
+/// A rotation.
+pub(super) struct Rotation;
+
+impl Run for Rotation {
+    type Status = Status;
+    type Report = Report;
+    const NAME: &'static str = "rotation";
+    const WHAT: What = What::Rotation;
+
+    fn last(inner: &mut Inner) -> &mut Last<Status, Report> {
+        &mut inner.rotation
+    }
+
+    fn progress(status: Status) -> Reply {
+        Reply::Progress(Box::new(status))
+    }
+
+    fn ended(state: RotationState) -> Reply {
+        Reply::Rotation(Box::new(state))
+    }
+}
+
+/// A rekey.
+pub(super) struct Rekey;
+
+impl Run for Rekey {
+    type Status = RekeyStatus;
+    type Report = RekeyReport;
+    const NAME: &'static str = "rekey";
+    const WHAT: What = What::Rekey;
+
+    fn last(inner: &mut Inner) -> &mut Last<RekeyStatus, RekeyReport> {
+        &mut inner.rekey
+    }
+
+    fn progress(status: RekeyStatus) -> Reply {
+        Reply::RekeyProgress(Box::new(status))
+    }
+
+    fn ended(state: RekeyState) -> Reply {
+        Reply::Rekey(Box::new(state))
+    }
+}
+
+/// The one of a kind that is under way, or was last.
+pub(super) struct Last<S, R> {
+    state: Option<RunState<S, R>>,
+    /// Counts them, so that a client watches the one it asked for.
     number: u64,
-    /// The daemon is about to end: no rotation begins any more, for nothing would wait for it.
+}
+
+impl<S, R> Default for Last<S, R> {
+    fn default() -> Self {
+        Self { state: None, number: 0 }
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Inner {
+    rotation: Last<Status, Report>,
+    rekey: Last<RekeyStatus, RekeyReport>,
+    /// What is under way; nothing else begins meanwhile.
+    work: Option<Work>,
+    /// The daemon is about to end: nothing begins any more, for nothing would wait for it.
     ended: bool,
-    /// The keys are locked: no rotation begins before they are back.
+    /// The keys are locked: nothing begins before they are back.
     held: bool,
 }
 
-/// What keeps rotations out while it is under way, besides rotations.
-struct Other {
+struct Work {
     control: Arc<Control>,
-    /// In words.
-    what: &'static str,
-    /// Nobody waits for it: it gives way to whoever comes.
-    yields: bool,
+    what: What,
 }
 
-/// The daemon's rotation.
+/// Work of which there is never more than one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    Rotation,
+    Rekey,
+    /// A look at all headers, for a client that waits for it.
+    Scan,
+    /// Small work that nobody waits for: it gives way to whoever comes.
+    Moves,
+}
+
+impl What {
+    fn in_words(self) -> &'static str {
+        match self {
+            Self::Rotation => "a rotation of this store is under way already",
+            Self::Rekey => "files of this store are being rekeyed",
+            Self::Scan => "headers of this store are being scanned for key destroy",
+            Self::Moves => "headers of this store are being moved",
+        }
+    }
+}
+
+/// The daemon's rotation or rekey.
 #[derive(Default)]
 pub struct Job {
     inner: Mutex<Inner>,
@@ -43,83 +135,88 @@ pub struct Job {
 }
 
 /// Passes a run's progress to whoever watches.
-struct Teller<'a>(&'a Job);
+struct Teller<'a, K>(&'a Job, PhantomData<fn() -> K>);
 
-impl Progress for Teller<'_> {
-    fn update(&self, s: &Status) {
-        if let Some(state) = self.0.inner.lock().state.as_mut() {
+impl<K: Run> Progress<K::Status> for Teller<'_, K> {
+    fn update(&self, s: &K::Status) {
+        if let Some(state) = K::last(&mut self.0.inner.lock()).state.as_mut() {
             state.status = Some(s.clone());
         }
         self.0.changed.notify_all();
     }
 }
 
+/// Work has ended when this is dropped.
+struct End<'a>(&'a Job);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().work = None;
+        self.0.changed.notify_all();
+    }
+}
+
 impl Job {
-    /// The rotation under way, or the last one, without its sealed report.
-    pub fn state(&self) -> Option<RotationState> {
-        self.inner.lock().state.clone().map(|s| RotationState { sealed: None, ..s })
+    /// The run of a kind that is under way, or the last one, without its sealed report.
+    pub(super) fn state<K: Run>(&self) -> Option<RunState<K::Status, K::Report>> {
+        K::last(&mut self.inner.lock()).state.clone().map(|s| RunState { sealed: None, ..s })
     }
 
-    /// Starts `run` in a thread of its own. Returns the rotation's number.
+    /// Starts `run` in a thread of its own. Returns its number among those of its kind.
     ///
     /// # Errors
-    /// [`FaultKind::RotationRunning`] if one is under way; [`FaultKind::KeysLocked`] between [`Job::hold`] and
+    /// [`FaultKind::RotationRunning`] if something is under way; [`FaultKind::KeysLocked`] between [`Job::hold`] and
     /// [`Job::release`].
-    pub fn start(
+    pub(super) fn start<K: Run>(
         self: &Arc<Self>,
-        run: impl FnOnce(&dyn Progress, &Control) -> Result<(Report, SealedReport), Fault> + Send + 'static,
+        run: impl FnOnce(&dyn Progress<K::Status>, &Control) -> Result<(K::Report, Option<SealedReport>), Fault>
+        + Send
+        + 'static,
     ) -> Result<u64, Fault> {
         let control = Arc::new(Control::new());
         let number = {
-            let mut inner = self.inner.lock();
-            self.make_way(&mut inner)?;
-            inner.control = Some(control.clone());
-            inner.state = Some(RotationState { running: true, ..Default::default() });
-            inner.number += 1;
-            inner.number
+            let mut inner = self.begin(&control, K::WHAT)?;
+            let last = K::last(&mut inner);
+            last.state = Some(RunState { running: true, ..RunState::default() });
+            last.number += 1;
+            last.number
         };
         let job = self.clone();
-        let spawned = std::thread::Builder::new().name("rotate".into()).spawn(move || {
-            let work = std::panic::AssertUnwindSafe(|| run(&Teller(&job), &control));
-            let ended = std::panic::catch_unwind(work)
-                .unwrap_or_else(|_| Err(Fault::new(FaultKind::Other, "the rotation panicked; see the log")));
-            job.end(ended);
+        let spawned = std::thread::Builder::new().name(K::NAME.into()).spawn(move || {
+            let teller = Teller(&job, PhantomData::<fn() -> K>);
+            let work = std::panic::AssertUnwindSafe(|| run(&teller, &control));
+            let ended = std::panic::catch_unwind(work).unwrap_or_else(|_| {
+                Err(Fault::new(FaultKind::Other, format!("the {} panicked; see the log", K::NAME)))
+            });
+            job.end::<K>(ended);
         });
         spawned.map_err(|e| {
-            self.end(Err(Fault::new(FaultKind::Other, "no thread for the rotation")));
+            self.end::<K>(Err(Fault::new(FaultKind::Other, format!("no thread for the {}", K::NAME))));
             Fault::new(FaultKind::Other, format!("cannot start a thread: {e}"))
         })?;
         Ok(number)
     }
 
-    fn end(&self, ended: Result<(Report, SealedReport), Fault>) {
+    fn end<K: Run>(&self, ended: Result<(K::Report, Option<SealedReport>), Fault>) {
         let mut inner = self.inner.lock();
-        inner.control = None;
-        if let Some(s) = inner.state.as_mut() {
+        if let Some(s) = K::last(&mut inner).state.as_mut() {
             s.running = false;
             match ended {
-                Ok((r, sealed)) => (s.report, s.sealed) = (Some(r), Some(sealed)),
+                Ok((r, sealed)) => (s.report, s.sealed) = (Some(r), sealed),
                 Err(f) => s.fault = Some(f),
             }
         }
+        inner.work = None;
         drop(inner);
         self.changed.notify_all();
     }
 
-    /// Runs `scan` on this thread, while no rotation is under way and none can begin.
+    /// Runs `scan` on this thread, while nothing is under way and nothing can begin.
     ///
     /// # Errors
-    /// [`FaultKind::RotationRunning`] if one is under way; [`FaultKind::KeysLocked`]; those of `scan`.
+    /// [`FaultKind::RotationRunning`] if something is under way; [`FaultKind::KeysLocked`]; those of `scan`.
     pub fn alone<R>(&self, scan: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
-        self.without_rotation(("headers of this store are being scanned for key destroy", false), scan)
-    }
-
-    /// Runs `work`, a rekey, on this thread, while no rotation is under way and none can begin.
-    ///
-    /// # Errors
-    /// As [`Job::alone`].
-    pub fn rekey<R>(&self, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
-        self.without_rotation(("files of this store are being rekeyed", false), work)
+        self.on_this_thread(What::Scan, scan)
     }
 
     /// As [`Job::alone`], for small work that nobody waits for: it is cancelled when something else is to begin.
@@ -127,76 +224,61 @@ impl Job {
     /// # Errors
     /// As [`Job::alone`].
     pub fn in_between<R>(&self, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
-        self.without_rotation(("headers of this store are being moved", true), work)
+        self.on_this_thread(What::Moves, work)
     }
 
-    fn without_rotation<R>(
-        &self,
-        (what, yields): (&'static str, bool),
-        work: impl FnOnce(&Control) -> Result<R, Fault>,
-    ) -> Result<R, Fault> {
-        struct End<'a>(&'a Job);
-        impl Drop for End<'_> {
-            fn drop(&mut self) {
-                self.0.inner.lock().other = None;
-                self.0.changed.notify_all();
-            }
-        }
+    fn on_this_thread<R>(&self, what: What, work: impl FnOnce(&Control) -> Result<R, Fault>) -> Result<R, Fault> {
         let control = Arc::new(Control::new());
-        {
-            let mut inner = self.inner.lock();
-            self.make_way(&mut inner)?;
-            inner.other = Some(Other { control: control.clone(), what, yields });
-        }
+        drop(self.begin(&control, what)?);
         let _end = End(self);
         work(&control)
     }
 
-    /// Ends work that gives way. On return nothing is under way.
+    /// Notes that work begins, once nothing is under way. Ends work that gives way.
     ///
     /// # Errors
-    /// That something is, that the keys are locked, or that the daemon is about to end.
-    fn make_way(&self, inner: &mut MutexGuard<'_, Inner>) -> Result<(), Fault> {
-        while let Some(o) = &inner.other {
-            if !o.yields {
-                return Err(Fault::new(FaultKind::RotationRunning, o.what));
+    /// That something is under way, that the keys are locked, or that the daemon is about to end.
+    fn begin(&self, control: &Arc<Control>, what: What) -> Result<MutexGuard<'_, Inner>, Fault> {
+        let mut inner = self.inner.lock();
+        while let Some(w) = &inner.work {
+            if w.what != What::Moves {
+                return Err(Fault::new(FaultKind::RotationRunning, w.what.in_words()));
             }
-            o.control.cancel();
-            self.changed.wait(inner);
+            w.control.cancel();
+            self.changed.wait(&mut inner);
         }
-        // Whatever came first while this one waited, too.
-        match (inner.ended, inner.held, inner.control.is_some()) {
-            (true, _, _) => Err(Fault::new(FaultKind::Other, "the store is being unmounted")),
-            (_, true, _) => Err(Fault::new(FaultKind::KeysLocked, "the keys of this store are locked")),
-            (_, _, true) => {
-                Err(Fault::new(FaultKind::RotationRunning, "a rotation of this store is under way already"))
-            }
-            _ => Ok(()),
+        if inner.ended {
+            return Err(Fault::new(FaultKind::Other, "the store is being unmounted"));
         }
+        if inner.held {
+            return Err(Fault::new(FaultKind::KeysLocked, "the keys of this store are locked"));
+        }
+        inner.work = Some(Work { control: Arc::clone(control), what });
+        Ok(inner)
     }
 
-    /// Runs `f` on the switches of the rotation under way.
+    /// Runs `f` on the switches of the run of a kind that is under way.
     ///
     /// # Errors
     /// [`FaultKind::Usage`] if there is none.
-    pub fn steer(&self, f: impl FnOnce(&Control)) -> Result<(), Fault> {
-        match &self.inner.lock().control {
-            Some(c) => {
-                f(c);
+    pub(super) fn steer<K: Run>(&self, f: impl FnOnce(&Control)) -> Result<(), Fault> {
+        match &self.inner.lock().work {
+            Some(w) if w.what == K::WHAT => {
+                f(&w.control);
                 Ok(())
             }
-            None => Err(Fault::new(FaultKind::Usage, "no rotation of this store is under way")),
+            _ => Err(Fault::new(FaultKind::Usage, format!("no {} of this store is under way", K::NAME))),
         }
     }
 
-    /// Cancels the rotation or scan under way, if any, and waits until it has stopped. None can be started after.
+    /// Cancels what is under way, if anything, and waits until it has stopped. Nothing can be started after.
     pub fn stop(&self) {
         let mut inner = self.inner.lock();
         inner.ended = true;
         self.cancel_and_wait(inner);
     }
 
-    /// Cancels the rotation or scan under way, if any, and waits until it has stopped. None can be started before
+    /// Cancels what is under way, if anything, and waits until it has stopped. Nothing can be started before
     /// [`Job::release`].
     pub fn hold(&self) {
         let mut inner = self.inner.lock();
@@ -204,49 +286,50 @@ impl Job {
         self.cancel_and_wait(inner);
     }
 
-    /// Lets rotations begin again.
+    /// Lets work begin again.
     pub fn release(&self) {
         self.inner.lock().held = false;
     }
 
     fn cancel_and_wait(&self, mut inner: MutexGuard<'_, Inner>) {
-        while let Some(c) = inner.control.as_ref().or(inner.other.as_ref().map(|o| &o.control)) {
-            c.cancel();
+        while let Some(w) = &inner.work {
+            w.control.cancel();
             self.changed.wait(&mut inner);
         }
     }
 
-    /// Tells `client` how rotation `number` gets on until it has ended. If the client goes away first, the rotation is
-    /// cancelled, unless `detached`.
+    /// Tells `client` how the run `number` of its kind gets on until it has ended. If the client goes away first, the run
+    /// is cancelled.
     ///
     /// # Errors
     /// That the client has gone away.
-    pub fn watch(&self, number: u64, detached: bool, client: &mut Client) -> io::Result<()> {
+    pub(super) fn watch<K: Run>(&self, number: u64, client: &mut Client) -> io::Result<()> {
         let leave = |e: io::Error| {
-            if !detached {
-                tracing::info!("the client that started the rotation has gone: cancelling it");
-                let _ = self.steer(Control::cancel);
-            }
+            tracing::info!("the client that started the {} has gone: cancelling it", K::NAME);
+            let _ = self.steer::<K>(Control::cancel);
             Err(e)
         };
-        let mut told: Option<Status> = None;
+        let mut told: Option<K::Status> = None;
         loop {
             let mut inner = self.inner.lock();
-            let same = |i: &Inner| i.number == number && i.state.as_ref().is_some_and(|s| s.running);
-            if same(&inner) {
+            let same = |i: &mut Inner| {
+                let last = K::last(i);
+                last.number == number && last.state.as_ref().is_some_and(|s| s.running)
+            };
+            if same(&mut inner) {
                 self.changed.wait_for(&mut inner, TICK);
             }
-            let running = same(&inner);
-            let state = inner.state.clone().unwrap_or_default();
+            let running = same(&mut inner);
+            let state = K::last(&mut inner).state.clone().unwrap_or_default();
             drop(inner);
             if !running {
-                return client.send(&Reply::Rotation(Box::new(state)));
+                return client.send(&K::ended(state));
             }
             if client.is_gone() {
                 return leave(io::ErrorKind::BrokenPipe.into());
             }
             if let Some(s) = state.status.filter(|s| told.as_ref() != Some(s)) {
-                if let Err(e) = client.send(&Reply::Progress(Box::new(s.clone()))) {
+                if let Err(e) = client.send(&K::progress(s.clone())) {
                     return leave(e);
                 }
                 told = Some(s);
@@ -267,20 +350,20 @@ mod tests {
     #[test]
     fn one_at_a_time_and_a_cancel_ends_it() {
         let job = Arc::new(Job::default());
-        assert_eq!(job.steer(Control::pause).unwrap_err().kind, FaultKind::Usage);
-        job.start(|_, c| {
+        assert_eq!(job.steer::<Rotation>(Control::pause).unwrap_err().kind, FaultKind::Usage);
+        job.start::<Rotation>(|_, c| {
             let _ = c.wait(Duration::from_secs(600));
             Err(cancelled())
         })
         .unwrap();
-        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::RotationRunning);
-        assert!(job.state().unwrap().running);
+        assert_eq!(job.start::<Rotation>(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::RotationRunning);
+        assert!(job.state::<Rotation>().unwrap().running);
         job.stop();
-        let s = job.state().unwrap();
+        let s = job.state::<Rotation>().unwrap();
         assert!(!s.running);
         assert_eq!(s.fault, Some(cancelled()));
         // The daemon closes the store now and lets others have it.
-        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().message, "the store is being unmounted");
+        assert_eq!(job.start::<Rotation>(|_, _| Err(cancelled())).unwrap_err().message, "the store is being unmounted");
     }
 
     /// Stops a run as it comes into a state, until the test has done what it wants.
@@ -317,34 +400,37 @@ mod tests {
             file.write(0, b"x").unwrap();
             let job = Arc::new(Job::default());
             for switch in [Control::pause, Control::resume, Control::cancel] {
-                assert_eq!(job.steer(switch).unwrap_err().message, "no rotation of this store is under way");
+                assert_eq!(
+                    job.steer::<Rotation>(switch).unwrap_err().message,
+                    "no rotation of this store is under way"
+                );
             }
             let (there, arrived) = std::sync::mpsc::sync_channel(1);
             let (go, go_on) = std::sync::mpsc::channel();
             let running = store.clone();
-            job.start(move |teller, control| {
+            job.start::<Rotation>(move |teller, control| {
                 let stop = StopAt { state, teller, there, go_on: parking_lot::Mutex::new(go_on) };
                 let report = crate::daemon::rotate::mounted(&running, &Default::default(), &stop, control);
                 let report = report.map_err(|e| Fault::new(FaultKind::Other, e.to_string()))?;
                 let sealed = crate::daemon::rotate::seal(&running, &report);
-                Ok((report, sealed))
+                Ok((report, Some(sealed)))
             })
             .unwrap();
             arrived.recv().unwrap();
-            assert_eq!(job.state().unwrap().status.unwrap().state, state);
+            assert_eq!(job.state::<Rotation>().unwrap().status.unwrap().state, state);
             for switch in
                 [Control::resume, Control::pause, Control::pause, Control::resume, Control::cancel, Control::pause]
             {
-                job.steer(switch).unwrap();
+                job.steer::<Rotation>(switch).unwrap();
             }
             drop(go);
-            while job.state().unwrap().running {
+            while job.state::<Rotation>().unwrap().running {
                 std::thread::yield_now();
             }
-            let report = job.state().unwrap().report.unwrap();
+            let report = job.state::<Rotation>().unwrap().report.unwrap();
             let ended = if state == State::Retiring { Outcome::Complete } else { Outcome::Cancelled };
             assert_eq!(report.outcome, ended, "{state:?}");
-            assert_eq!(job.steer(Control::cancel).unwrap_err().kind, FaultKind::Usage, "{state:?}");
+            assert_eq!(job.steer::<Rotation>(Control::cancel).unwrap_err().kind, FaultKind::Usage, "{state:?}");
             let again = crate::daemon::rotate::mounted(&store, &Default::default(), &(), &Control::new()).unwrap();
             assert_eq!((again.outcome, again.resumed), (Outcome::Complete, state != State::Retiring), "{state:?}");
         }
@@ -353,25 +439,25 @@ mod tests {
     #[test]
     fn none_begins_while_the_keys_are_locked() {
         let job = Arc::new(Job::default());
-        job.start(|_, c| {
+        job.start::<Rotation>(|_, c| {
             let _ = c.wait(Duration::from_secs(600));
             Err(cancelled())
         })
         .unwrap();
         job.hold();
-        assert!(!job.state().unwrap().running, "the one under way was cancelled and has ended");
-        assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::KeysLocked);
+        assert!(!job.state::<Rotation>().unwrap().running, "the one under way was cancelled and has ended");
+        assert_eq!(job.start::<Rotation>(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::KeysLocked);
         job.release();
-        job.start(|_, _| Err(cancelled())).unwrap();
+        job.start::<Rotation>(|_, _| Err(cancelled())).unwrap();
         job.stop();
     }
 
     #[test]
     fn a_panic_ends_the_rotation_not_the_daemon() {
         let job = Arc::new(Job::default());
-        job.start(|_, _| std::panic::resume_unwind(Box::new("boom"))).unwrap();
+        job.start::<Rotation>(|_, _| std::panic::resume_unwind(Box::new("boom"))).unwrap();
         job.stop();
-        assert!(job.state().unwrap().fault.unwrap().message.contains("panicked"));
+        assert!(job.state::<Rotation>().unwrap().fault.unwrap().message.contains("panicked"));
         job.stop();
     }
 
@@ -379,19 +465,19 @@ mod tests {
     fn a_scan_and_a_rotation_keep_each_other_out_and_an_unmount_ends_both() {
         let job = Arc::new(Job::default());
         job.alone(|c| {
-            assert_eq!(job.start(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::RotationRunning);
+            assert_eq!(job.start::<Rotation>(|_, _| Err(cancelled())).unwrap_err().kind, FaultKind::RotationRunning);
             assert_eq!(job.alone(|_| Ok(())).unwrap_err().kind, FaultKind::RotationRunning);
             assert!(c.checkpoint().is_ok());
             Ok(())
         })
         .unwrap();
-        job.start(|_, c| {
+        job.start::<Rotation>(|_, c| {
             let _ = c.wait(Duration::from_secs(600));
             Err(cancelled())
         })
         .unwrap();
         assert_eq!(job.alone(|_| Ok(())).unwrap_err().kind, FaultKind::RotationRunning);
-        job.steer(Control::cancel).unwrap();
+        job.steer::<Rotation>(Control::cancel).unwrap();
         let other = job.clone();
         let (begun, ready) = std::sync::mpsc::channel();
         std::thread::scope(|s| {
@@ -413,6 +499,39 @@ mod tests {
             assert_eq!(scan.join().unwrap(), Ok(true), "the scan was cancelled");
         });
         assert!(job.alone(|_| Ok(())).is_err(), "none begins any more");
+    }
+
+    /// Each is steered by its own name only, and remembered beside the other.
+    #[test]
+    fn a_rotation_and_a_rekey_keep_each_other_out_and_are_steered_apart() {
+        let job = Arc::new(Job::default());
+        let ended = |_: &dyn Progress<RekeyStatus>, c: &Control| {
+            let _ = c.wait(Duration::from_secs(600));
+            Err(Fault::new(FaultKind::RekeyIncomplete, "cancelled"))
+        };
+        job.start::<Rekey>(ended).unwrap();
+        let busy = job.start::<Rotation>(|_, _| Err(cancelled())).unwrap_err();
+        assert_eq!(
+            (busy.kind, busy.message.as_str()),
+            (FaultKind::RotationRunning, "files of this store are being rekeyed")
+        );
+        assert_eq!(job.start::<Rekey>(ended).unwrap_err().kind, FaultKind::RotationRunning);
+        assert_eq!(
+            job.steer::<Rotation>(Control::cancel).unwrap_err().message,
+            "no rotation of this store is under way"
+        );
+        for switch in [Control::pause, Control::resume, Control::cancel] {
+            job.steer::<Rekey>(switch).unwrap();
+        }
+        while job.state::<Rekey>().unwrap().running {
+            std::thread::yield_now();
+        }
+        assert_eq!(job.state::<Rekey>().unwrap().fault.unwrap().message, "cancelled");
+        assert!(job.state::<Rotation>().is_none());
+        assert_eq!(job.steer::<Rekey>(Control::pause).unwrap_err().message, "no rekey of this store is under way");
+        job.start::<Rotation>(|_, _| Err(cancelled())).unwrap();
+        job.stop();
+        assert!(job.state::<Rotation>().is_some() && job.state::<Rekey>().is_some());
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The control protocol: one JSON object a line, over the store's socket. A client sends one [`Request`]; the daemon
-//! answers with [`Reply`] lines, of which all but [`Reply::Progress`] are the last. The protocol is internal to one
+//! answers with [`Reply`] lines, of which all but [`Reply::Progress`] and [`Reply::RekeyProgress`] are the last. The protocol is internal to one
 //! version of the program; scripts use `--json` of the command line.
 
 use super::audit;
@@ -7,7 +7,8 @@ use super::fault::Fault;
 use crate::crypto::seal::SealKey;
 use crate::crypto::secret::StoreSecret;
 use crate::format::keyring::KekKind;
-use crate::rotation::{Destruction, Report, SealedReport, Staged, Status, When, rekey, sealed};
+use crate::rotation::rekey::{self, RekeyReport, RekeyStatus};
+use crate::rotation::{Destruction, Report, SealedReport, Staged, Status, When, sealed};
 use crate::store::keys::RefreshedRoot;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use std::io::{self, BufRead, Write};
@@ -30,13 +31,8 @@ pub enum Request {
     Rotate(RotateRequest),
     /// Make the new KEK of a rotation, and nothing more.
     RotateStage(RotateRequest),
-    /// How the rotation stands.
-    RotateStatus,
-    /// Stop starting new files until resumed.
-    RotatePause,
-    RotateResume,
-    /// Stop the rotation; what is done stays done, a later `rotate` finishes it.
-    RotateCancel,
+    /// Steer the rotation or the rekey under way.
+    Steer { what: Work, how: Switch },
     /// Add a root key to the keyring.
     KeyAdd {
         uri: String,
@@ -52,9 +48,7 @@ pub enum Request {
         confirm: Confirming,
     },
     /// Open no file under a KEK older than the one with this id; `None`: under any.
-    KeyFloor {
-        floor: Option<String>,
-    },
+    KeyFloor { floor: Option<String> },
     /// Drop every key now.
     Lock,
     /// Bring the keys back.
@@ -70,16 +64,18 @@ pub enum Request {
         recovery: Option<Hidden>,
     },
     /// Remove the root key with this id from the keyring.
-    KeyRemove {
-        id: String,
-    },
+    KeyRemove { id: String },
     /// Move what root keys wrapped to their newest versions.
     KeyRefresh {
         /// Look only.
         dry_run: bool,
     },
     /// Give files new DEKs.
-    Rekey(rekey::Request),
+    Rekey {
+        asked: rekey::Request,
+        /// Go on when the client goes away.
+        detach: bool,
+    },
     /// Prove that no header needs the KEK with this id, and destroy it; or schedule that, or take it back.
     KekDestroy {
         id: String,
@@ -92,10 +88,26 @@ pub enum Request {
     /// Write the audit log out, seal it, and say where it is.
     AuditHead,
     /// Which of these seals were made with the store's key.
-    Seals {
-        of: Sealed,
-        seals: Vec<SealToCheck>,
-    },
+    Seals { of: Sealed, seals: Vec<SealToCheck> },
+}
+
+/// Work that is done in the background, and can be watched and steered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Work {
+    Rotation,
+    Rekey,
+}
+
+/// What to do with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Switch {
+    /// Begin nothing new until resumed.
+    Pause,
+    Resume,
+    /// End it; what is done stays done, and a later one of the same kind goes on.
+    Cancel,
 }
 
 /// Root keys that confirm what cannot be undone, besides the one the daemon opened the store with.
@@ -253,8 +265,10 @@ pub enum Reply {
     Staged(Staged),
     /// What became of the KEK.
     Destruction(Destruction),
+    /// How a rekey gets on; more lines follow.
+    RekeyProgress(Box<RekeyStatus>),
     /// How a rekey ended.
-    Rekeyed(Box<rekey::RekeyReport>),
+    Rekey(Box<RekeyState>),
     /// What became of each root key.
     Refreshed(RefreshReport),
     Metrics(String),
@@ -302,6 +316,8 @@ pub struct DaemonStatus {
     pub dek_cache: CacheStatus,
     /// The rotation under way, or the last one since the mount.
     pub rotation: Option<RotationState>,
+    /// The rekey under way, or the last one since the mount.
+    pub rekey: Option<RekeyState>,
 }
 
 /// One word for how the keys stand.
@@ -360,24 +376,36 @@ pub struct CacheStatus {
     pub expired: u64,
 }
 
-/// A rotation, running or ended.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct RotationState {
+/// A rotation or a rekey, running or ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(bound(deserialize = "S: Deserialize<'de>, R: Deserialize<'de>"))]
+pub struct RunState<S, R> {
     /// Whether it is under way now.
     pub running: bool,
     /// How far it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub status: Option<Status>,
+    pub status: Option<S>,
     /// The report of one that ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub report: Option<Report>,
-    /// The same report as evidence, for the client that waits for it; no part of `status`.
+    pub report: Option<R>,
+    /// A rotation's report as evidence, for the client that waits for it; no part of `status`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealed: Option<SealedReport>,
     /// Why it ended without a report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<Fault>,
 }
+
+impl<S, R> Default for RunState<S, R> {
+    fn default() -> Self {
+        Self { running: false, status: None, report: None, sealed: None, fault: None }
+    }
+}
+
+/// A rotation.
+pub type RotationState = RunState<Status, Report>;
+/// A rekey.
+pub type RekeyState = RunState<RekeyStatus, RekeyReport>;
 
 /// What `key refresh` found and did. `key refresh --json` is this.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -511,6 +539,15 @@ mod tests {
             Request::KeyPolicy { quorum: 2, confirm: Confirming::default() },
             Request::KeyFloor { floor: None },
             Request::Seals { of: Sealed::AuditLog, seals: vec![SealToCheck { digest: "0".into(), mac: "1".into() }] },
+            Request::Steer { what: Work::Rekey, how: Switch::Pause },
+            Request::Rekey {
+                asked: rekey::Request {
+                    paths: vec![b"a/\xff".to_vec()],
+                    rate: NonZeroU32::new(5),
+                    ..Default::default()
+                },
+                detach: true,
+            },
             Request::Lock,
             Request::Unlock {
                 keys: vec!["keyfile:/k".into()],

@@ -149,7 +149,7 @@ mod tests {
     impl Handler for Echo {
         fn handle(&self, request: Request, client: &mut Client) -> io::Result<()> {
             match request {
-                Request::RotateStatus => {
+                Request::Metrics => {
                     client.send(&Reply::Progress(Box::new(running(3))))?;
                     client.send(&Reply::Done)
                 }
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let mut seen = 0;
         let c = Connection::open(&path, process::uid()).unwrap();
-        assert_eq!(c.ask(&Request::RotateStatus, |p| seen += p.pass), Ok(Reply::Done));
+        assert_eq!(c.ask(&Request::Metrics, |p| seen += p.pass), Ok(Reply::Done));
         assert_eq!(seen, 3);
         let c = Connection::open(&path, process::uid()).unwrap();
         assert_eq!(c.ask(&Request::Status, |_| {}).unwrap_err().kind, FaultKind::Usage);

@@ -1,4 +1,4 @@
-//! What a pass could not deal with, collected from all its threads, and told apart by what is waived.
+//! What a pass or a rekey could not deal with, collected from all its threads, and told apart by what is waived.
 
 use super::report::{FAILURES_MAX, Failing, Failure};
 use super::waive::Waivers;
@@ -46,7 +46,7 @@ impl Failures {
 
     fn put(&self, f: Failure) {
         let waived = self.waivers.covers(&f.path);
-        tracing::warn!(path = f.path, waived, "rotation: {}", f.message);
+        tracing::warn!(path = f.path, waived, "not dealt with: {}", f.message);
         let (failed, failing) = &mut *self.list.lock();
         if waived {
             failing.waived += 1;

@@ -8,11 +8,14 @@
 mod journal;
 mod report;
 
-pub use report::{RekeyCounts, RekeyOutcome, RekeyReport, Request};
+pub use journal::{Unfinished, unfinished};
+pub use report::{RekeyCounts, RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request};
 
 use super::control::{Cancelled, Control};
+use super::estimate::Estimate;
+use super::failures::Failures;
 use super::path::shown;
-use super::report::{Counts, FAILURES_MAX, Failure, Progress, State, Status};
+use super::report::{Progress, State};
 use super::turns::Turns;
 use crate::backing::{Backing, Kind, Timestamp};
 use crate::format::ids::FileId;
@@ -56,7 +59,7 @@ struct Run<'a, B: Backing> {
     turns: Turns<'a>,
     journal: Option<Journal<'a, B>>,
     counts: Mutex<RekeyCounts>,
-    failures: Mutex<Vec<Failure>>,
+    failures: Failures,
     linked: Mutex<Linked<B>>,
     /// Ids of files with several names that are done: another of their names will be met.
     linked_done: Mutex<HashSet<FileId>>,
@@ -67,7 +70,11 @@ struct Run<'a, B: Backing> {
     /// The second walk is under way.
     second: bool,
     copied: AtomicU64,
+    resumed: bool,
+    /// Files there are, if known.
+    expected: Option<u64>,
     began: Instant,
+    started: u64,
 }
 
 fn cancelled() -> StoreError {
@@ -114,7 +121,7 @@ fn now() -> u64 {
 pub fn rekey<B: Backing>(
     store: &Store<B>,
     request: &Request,
-    progress: &dyn Progress,
+    progress: &dyn Progress<RekeyStatus>,
     control: &Control,
 ) -> Result<RekeyReport> {
     let shared = store.shared();
@@ -132,6 +139,7 @@ pub fn rekey<B: Backing>(
             request.restart,
         )?),
     };
+    let resumed = journal.as_ref().is_some_and(Journal::is_resumed);
     let mut run = Run {
         store,
         request,
@@ -139,25 +147,26 @@ pub fn rekey<B: Backing>(
         turns: Turns::new(&request.pace(), control, &shared.load),
         journal,
         counts: Mutex::default(),
-        failures: Mutex::default(),
+        failures: Failures::default(),
         linked: Mutex::default(),
         linked_done: Mutex::default(),
         gave_up: Mutex::default(),
         under_way: Mutex::default(),
         second: false,
         copied: AtomicU64::new(0),
+        resumed,
+        expected: expected(store, request),
         began: Instant::now(),
+        started: now(),
     };
-    let started = now();
-    let resumed = run.journal.as_ref().is_some_and(Journal::is_resumed);
     let mut ended = run.all(roots.clone(), progress);
     if let (Ok(()), Some(j)) = (&ended, &mut run.journal) {
         j.look_again()?;
         run.second = true;
         ended = run.all(roots, progress);
     }
-    progress.update(&run.status());
-    let counts = run.counts.into_inner();
+    progress.update(&RekeyStatus { state: RekeyPhase::Ended, ..run.status() });
+    let (counts, started) = (*run.counts.lock(), run.started);
     let outcome = match (ended, counts.failed) {
         (Err(e), _) if is_cancelled(&e) => RekeyOutcome::Cancelled,
         (Err(e), _) => return Err(e),
@@ -176,7 +185,7 @@ pub fn rekey<B: Backing>(
         started,
         finished: now(),
         counts,
-        failures: run.failures.into_inner(),
+        failures: run.failures.take().named,
         failures_total: counts.failed,
     })
 }
@@ -194,6 +203,14 @@ fn outermost(paths: &[Vec<u8>]) -> Vec<&[u8]> {
         }
     }
     kept.into_iter().map(|(_, path)| path).collect()
+}
+
+/// How many files a run over the whole store will meet, as a rotation has last counted them.
+fn expected<B: Backing>(store: &Store<B>, request: &Request) -> Option<u64> {
+    let shared = store.shared();
+    let whole = request.paths.iter().any(|p| p.iter().all(|c| *c == b'/'));
+    let rotations = whole.then(|| super::journal::Journal::open(&shared.backing, &shared.keys, None))?;
+    rotations.last().map(|l| l.files).filter(|n| *n > 0)
 }
 
 /// The path of an entry of the directory at `path`.
@@ -215,7 +232,7 @@ fn find<B: Backing>(store: &Store<B>, path: &[u8]) -> Result<Found<B>> {
 }
 
 impl<B: Backing> Run<'_, B> {
-    fn all(&self, roots: Vec<Found<B>>, progress: &dyn Progress) -> Result<()> {
+    fn all(&self, roots: Vec<Found<B>>, progress: &dyn Progress<RekeyStatus>) -> Result<()> {
         let jobs = self.request.jobs.map_or(JOBS, NonZeroUsize::get);
         let ended = AtomicBool::new(false);
         let waiting = std::thread::current();
@@ -336,20 +353,14 @@ impl<B: Backing> Run<'_, B> {
     /// A directory that could not be listed, or an entry that could not be looked at.
     fn failed_dir(&self, path: String, error: &StoreError) {
         if !self.second {
-            self.add_failure(path, error, true);
+            self.counts.lock().failed += 1;
+            self.failures.add_directory(path, error);
         }
     }
 
     fn failed(&self, path: String, error: &StoreError) {
-        self.add_failure(path, error, false);
-    }
-
-    fn add_failure(&self, path: String, error: &StoreError, directory: bool) {
         self.counts.lock().failed += 1;
-        let mut list = self.failures.lock();
-        if list.len() < FAILURES_MAX {
-            list.push(Failure::new(path, error, directory));
-        }
+        self.failures.add(path, error);
     }
 
     /// Deals with one file.
@@ -494,25 +505,29 @@ impl<B: Backing> Run<'_, B> {
         Ok(())
     }
 
-    fn status(&self) -> Status {
-        let c = *self.counts.lock();
+    fn status(&self) -> RekeyStatus {
+        let counts = *self.counts.lock();
         let elapsed = self.began.elapsed().as_secs_f64();
-        Status {
+        let (copied, second) = (self.copied.load(Ordering::Relaxed), elapsed.max(0.001));
+        let left = Estimate {
             state: State::Sweeping,
+            expected: self.expected.filter(|_| !self.second),
+            scanned: counts.scanned,
+            rate: counts.scanned as f64 / second,
+            verify: 0.0,
+        };
+        RekeyStatus {
+            state: if self.second { RekeyPhase::LookingAgain } else { RekeyPhase::Rekeying },
             paused: self.control.is_paused(),
-            pass: 1,
-            counts: Counts {
-                scanned: c.scanned,
-                rewrapped: c.rekeyed,
-                current: c.done_before + c.skipped,
-                empty: c.empty,
-                vanished: c.vanished,
-                failed: c.failed,
-                ..Counts::default()
-            },
-            rate: self.copied.load(Ordering::Relaxed) as f64 / elapsed.max(0.001),
+            resumed: self.resumed,
+            started: self.started,
+            counts,
+            copied,
+            expected: self.expected,
+            rate: copied as f64 / second,
             elapsed,
-            ..Status::default()
+            eta: left.of_pass(),
+            failures: self.failures.so_far(),
         }
     }
 }

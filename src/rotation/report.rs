@@ -152,15 +152,15 @@ pub struct Failing {
     pub first: Vec<Failure>,
 }
 
-/// Who wants to know how a run gets on.
-pub trait Progress: Sync {
+/// Who wants to know how a run gets on: a rotation, or what has another status.
+pub trait Progress<S = Status>: Sync {
     /// Called a few times a second, and at every change of state; never from two threads at once.
-    fn update(&self, status: &Status);
+    fn update(&self, status: &S);
 }
 
 /// Nobody.
-impl Progress for () {
-    fn update(&self, _: &Status) {}
+impl<S> Progress<S> for () {
+    fn update(&self, _: &S) {}
 }
 
 /// A file or directory that could not be dealt with.

@@ -40,7 +40,7 @@ use std::io;
 use std::sync::Arc;
 
 /// The folder, in the store's own.
-pub(super) const REKEY_DIR: &[u8] = b"rekey";
+pub const REKEY_DIR: &[u8] = b"rekey";
 /// Names of files that are being made.
 const NEW_PREFIX: &[u8] = b"new.";
 /// Rounds in which what was written meanwhile is copied again, before the rest is done with the file's lock held.

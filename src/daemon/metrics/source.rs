@@ -5,7 +5,7 @@ use super::page::{AuditFigures, Figures, text};
 use crate::backing::posix::Posix;
 use crate::crypto::secret::memory_is_locked;
 use crate::daemon::audit::Log;
-use crate::daemon::job::Job;
+use crate::daemon::job::{Job, Rotation};
 use crate::kms::metrics::Registry;
 use crate::store::Store;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ impl Source {
     /// All figures as they are now.
     pub fn page(&self) -> String {
         let shared = self.store.shared();
-        let rotation = self.job.state();
+        let rotation = self.job.state::<Rotation>();
         let audit = self.audit.as_ref().map(|a| {
             let (written, lost) = a.counts();
             AuditFigures { written, lost, refusing: a.refusal().is_some() }

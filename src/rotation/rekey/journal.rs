@@ -11,7 +11,10 @@ use crate::crypto::kdf::{label, sha256};
 use crate::crypto::seal::{Hash, SealKey};
 use crate::crypto::secret::StoreSecret;
 use crate::format::ids::FileId;
+use crate::format::names::STORE_DIR;
+use crate::store::rekey::REKEY_DIR;
 use parking_lot::Mutex;
+use serde::Serialize;
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
@@ -20,6 +23,29 @@ const FILE: &[u8] = b"journal";
 const RECORD: usize = 64;
 /// Records read at once.
 const READ: usize = 1024;
+
+/// What the journal of a rekey says without any key, so it may be made up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Unfinished {
+    /// Files that it has done.
+    pub files: u64,
+    /// When it last noted one, in seconds since the epoch.
+    pub noted: u64,
+}
+
+/// The rekey that is under way or unfinished in a store, if there is one.
+///
+/// # Errors
+/// The backing directory's.
+pub fn unfinished<B: Backing>(b: &B) -> io::Result<Option<Unfinished>> {
+    let own = b.lookup(&b.root()?, STORE_DIR)?;
+    let stat = match b.lookup(&own, REKEY_DIR).and_then(|folder| b.stat_at(&folder, FILE)) {
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+        other => other?,
+    };
+    let files = (stat.size / RECORD as u64).saturating_sub(1);
+    Ok(Some(Unfinished { files, noted: u64::try_from(stat.mtime.sec).unwrap_or(0) }))
+}
 
 fn half(hash: &Hash) -> [u8; 16] {
     std::array::from_fn(|i| hash[i])

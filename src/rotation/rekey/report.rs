@@ -2,7 +2,7 @@
 
 use crate::format::ids::{KekId, StoreId};
 use crate::rotation::options::Options;
-use crate::rotation::report::Failure;
+use crate::rotation::report::{Failing, Failure};
 use serde::{Deserialize, Serialize};
 use std::num::{NonZeroU32, NonZeroUsize};
 
@@ -66,6 +66,43 @@ pub struct RekeyCounts {
     pub vanished: u64,
     /// Files and directories that could not be dealt with; they are as they were.
     pub failed: u64,
+}
+
+/// Where a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RekeyPhase {
+    /// On its walk.
+    #[default]
+    Rekeying,
+    /// On the second walk, which looks for what the first has missed.
+    LookingAgain,
+    /// It has ended.
+    Ended,
+}
+
+/// A snapshot of a rekey. Part of `rekey --status --json` and `status --json`; stable.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct RekeyStatus {
+    pub state: RekeyPhase,
+    /// Asked to pause. It stops between files, and between segments of a large one.
+    pub paused: bool,
+    /// An unfinished run of the same request was taken up.
+    pub resumed: bool,
+    /// When it began, in seconds since the epoch.
+    pub started: u64,
+    pub counts: RekeyCounts,
+    /// Bytes copied, also of files that are not done, and what was copied again.
+    pub copied: u64,
+    /// Files it will meet, if it goes over the whole store and a rotation has counted them.
+    pub expected: Option<u64>,
+    /// Bytes copied a second.
+    pub rate: f64,
+    /// Seconds since it began.
+    pub elapsed: f64,
+    /// Seconds to the end of the first walk, if it is known how many files it will meet.
+    pub eta: Option<f64>,
+    pub failures: Failing,
 }
 
 /// How a run ended.

@@ -4,7 +4,8 @@ use super::*;
 use crate::backing::sim::{Moment, Op, SimDisk};
 use crate::format::geometry;
 use crate::format::ids::FileId;
-use crate::rotation::rekey::{RekeyOutcome, RekeyReport, Request, rekey};
+use crate::rotation::rekey::{RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request, rekey, unfinished};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A tree of seven files with content, one of them with three names, and an empty one.
 fn tree() -> (SimDisk, Arc<Scripted>, Arc<Store<SimDisk>>) {
@@ -50,8 +51,8 @@ fn all() -> Request {
 /// Calls something whenever progress is told.
 struct Told<F>(F);
 
-impl<F: Fn(&Status) + Sync> Progress for Told<F> {
-    fn update(&self, s: &Status) {
+impl<F: Fn(&RekeyStatus) + Sync> Progress<RekeyStatus> for Told<F> {
+    fn update(&self, s: &RekeyStatus) {
         (self.0)(s);
     }
 }
@@ -120,7 +121,7 @@ fn users_are_listened_to_while_it_works_and_not_after() {
         })));
         let heard = Arc::new(parking_lot::Mutex::new(0));
         let (sum, load) = (Arc::clone(&heard), Arc::clone(&s));
-        let told = move |_: &Status| {
+        let told = move |_: &RekeyStatus| {
             let (quiet, busy) = load.shared().load.take();
             assert_eq!(quiet.iter().map(Histogram::total).sum::<u64>(), 0);
             *sum.lock() += busy.iter().map(Histogram::total).sum::<u64>();
@@ -134,6 +135,57 @@ fn users_are_listened_to_while_it_works_and_not_after() {
     };
     assert!(busy(false) > 0);
     assert_eq!(busy(true), 0);
+}
+
+/// Paused between two stretches of a large file, it stands still, says so, and can be used; then it goes on.
+#[test]
+fn it_says_how_far_it_is_and_pauses_within_a_file() {
+    const LEN: u64 = 3_000_000;
+    let (disk, _, s) = tree();
+    write(&s, "a/large", &vec![7; LEN as usize]);
+    rotate(&s, &one_job()).unwrap();
+    let control = Arc::new(Control::new());
+    let (pausing, writes) = (Arc::clone(&control), AtomicU64::new(0));
+    disk.set_hook(Some(Arc::new(move |m| {
+        if m == Moment::Before(Op::Write) && writes.fetch_add(1, Ordering::Relaxed) == 4 {
+            pausing.pause();
+        }
+    })));
+    let seen = parking_lot::Mutex::new(Vec::<RekeyStatus>::new());
+    let told = |st: &RekeyStatus| {
+        let mut seen = seen.lock();
+        if st.paused && seen.last().is_some_and(|last| last.paused && last.copied == st.copied) {
+            let (n, _) = s.lookup(&dir(&s, "a"), b"large").unwrap();
+            s.open_file(&n, Access::ReadWrite).unwrap().write(LEN - 4, b"used").unwrap();
+            assert_eq!(unfinished(&disk).unwrap().unwrap().files, 0);
+            control.resume();
+        }
+        seen.push(st.clone());
+    };
+    let asked = Request { paths: vec![b"/".to_vec()], jobs: NonZeroUsize::new(1), ..Request::default() };
+    assert_eq!(unfinished(&disk).unwrap(), None);
+    let large = Request { paths: vec![b"a/large".to_vec()], ..asked.clone() };
+    let r = rekey(&s, &large, &Told(told), &control).unwrap();
+    disk.set_hook(None);
+    assert_eq!((r.outcome, r.counts.rekeyed, r.counts.bytes), (RekeyOutcome::Complete, 1, LEN));
+    let seen = seen.into_inner();
+    let paused: Vec<_> = seen.iter().filter(|st| st.paused).collect();
+    let still = paused.last().unwrap().copied;
+    assert!(paused.len() > 1 && still > 0 && still < LEN, "{still}");
+    assert_eq!((paused[0].state, paused[0].counts.scanned, paused[0].counts.rekeyed), (RekeyPhase::Rekeying, 1, 0));
+    assert_eq!((paused[0].expected, paused[0].eta), (None, None), "it is not known how many files lie in a part of it");
+    let last = seen.last().unwrap();
+    assert_eq!((last.state, last.paused, last.counts), (RekeyPhase::Ended, false, r.counts));
+    assert!(last.copied > LEN, "what was written meanwhile is copied again");
+    let (n, _) = s.lookup(&dir(&s, "a"), b"large").unwrap();
+    assert!(read(&s, &n).unwrap().ends_with(b"used"));
+    // Of the whole store a rotation has counted the files.
+    let last = parking_lot::Mutex::new(RekeyStatus::default());
+    let told = |st: &RekeyStatus| *last.lock() = st.clone();
+    rekey(&s, &asked, &Told(told), &Control::new()).unwrap();
+    let last = last.into_inner();
+    assert_eq!((last.expected, last.counts.scanned), (Some(11), 11));
+    assert_eq!(unfinished(&disk).unwrap(), None, "it has ended");
 }
 
 /// A file whose content is damaged makes it incomplete; the same request goes on, another one and `restart` do not.
@@ -150,6 +202,8 @@ fn it_goes_on_where_it_was() {
     let r = go(&s, &all());
     assert_eq!((r.outcome, r.counts.rekeyed, r.failures_total), (RekeyOutcome::Incomplete, 6, 1));
     assert_eq!((r.failures[0].path.as_str(), r.failures[0].code.as_str()), ("6", "block-auth"));
+    let noted = unfinished(&disk).unwrap().unwrap();
+    assert_eq!(noted.files, 6, "what is on the disk says it without a key");
     assert!(r.failures[0].message.contains("block 0"), "{}", r.failures[0].message);
     assert_eq!(ids(&s)["/6"], before["/6"]);
     let between = ids(&s);

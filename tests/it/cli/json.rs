@@ -88,6 +88,8 @@ fn output_with_a_mount_is_as_documented() {
     check(&b, "inspect back/f --json", "inspect --json");
     check(&b, "rotate mnt --status --json", "rotate --status --json");
     check(&b, "rekey mnt --json", "rekey --json");
+    check(&b, "rekey mnt --status --json", "rekey --status --json");
+    check(&b, "status mnt --json", "status --json");
     b.ok("unmount mnt");
     // With something waived.
     fs::write(b.path("back/f"), [0xff; 5000]).unwrap();

@@ -138,6 +138,99 @@ fn paths_and_criteria_choose() {
     );
 }
 
+/// Left to the daemon, looked at, paused, resumed and cancelled, by any path in the store.
+#[test]
+fn a_detached_rekey_is_watched_and_steered() {
+    if !can_mount() {
+        return;
+    }
+    let b = mounted();
+    fs::create_dir(b.path("mnt/d")).unwrap();
+    for i in 0..40 {
+        fs::write(b.path(&format!("mnt/d/{i}")), content(300_000, i)).unwrap();
+    }
+    let says = |line: &str, what: &str| {
+        let out = b.ok(line);
+        assert!(out.contains(what), "{line}: {out}");
+    };
+    says("rekey --status mnt", "state     there was no rekey since the mount\n");
+    b.fails("rekey --cancel mnt", 2, "no rekey of this store is under way; see --help");
+    b.says(
+        "rekey mnt/d --rate 1 --detach",
+        0,
+        "rekey started; follow it with: envelopefs rekey --status DIR/mnt\n",
+        "",
+    );
+    // At a megabyte a second it takes twelve seconds: there is time to pause it, and then there is all the time.
+    let status = || b.json("rekey --status mnt --json")["rekey"]["status"].clone();
+    super::support::wait_for("a file to be done", || status()["counts"]["rekeyed"].as_u64() > Some(0));
+    b.ok("rekey --pause mnt/d/7");
+    super::support::wait_for("the pause to be told", || {
+        b.json("rekey --status mnt --json")["rekey"]["status"]["paused"] == true
+    });
+    let v = b.json("rekey --status mnt --json");
+    assert_eq!((&v["rekey"]["running"], &v["rekey"]["status"]["state"]), (&true.into(), &"rekeying".into()));
+    says("status mnt", "rekey     rekeying, paused, ");
+    says("rekey --status back", "state     rekeying, paused\n");
+    b.fails("rotate mnt", 12, "files of this store are being rekeyed; see how it stands with: envelopefs status mnt");
+    b.fails(
+        "rekey mnt/d/1",
+        12,
+        "files of this store are being rekeyed; see how it stands with: envelopefs status DIR/mnt",
+    );
+    // Paused, the store is used as ever.
+    fs::write(b.path("mnt/d/3"), "new").unwrap();
+    b.ok("rekey --resume back");
+    b.ok("rekey --cancel back");
+    super::support::wait_for("the end", || b.json("status mnt --json")["daemon"]["rekey"]["running"] == false);
+    let o = b.run("rekey --status mnt");
+    let out = b.masked(&o.stdout);
+    assert_eq!(o.status.code(), Some(9), "{out}");
+    assert!(out.starts_with("state     cancelled\n") && out.contains("\nrekey     unfinished, "), "{out}");
+    assert!(b.masked(&o.stderr).starts_with("envelopefs: a rekey is unfinished, and none is under way; "));
+    b.ok("unmount mnt");
+    let o = b.run("rekey --status back");
+    assert_eq!(o.status.code(), Some(9));
+    let out = b.masked(&o.stdout);
+    assert!(out.starts_with("state     not mounted: no rekey is under way\nrekey     unfinished, "), "{out}");
+    b.fails(
+        "rekey --pause back",
+        10,
+        "DIR/back: no rekey is under way: the store is not mounted; mount it first with: envelopefs mount BACKING MOUNTPOINT",
+    );
+    b.ok("mount back mnt");
+    assert_eq!(b.json("rekey mnt/d --full-speed --detach --json"), serde_json::json!({"running": true}));
+    super::support::wait_for("the end", || b.json("status mnt --json")["daemon"]["rekey"]["running"] == false);
+    let report = &b.json("rekey --status mnt --json")["rekey"]["report"];
+    assert_eq!(
+        (&report["outcome"], &report["resumed"], &report["failures_total"]),
+        (&"complete".into(), &true.into(), &0.into())
+    );
+    says("rekey --status mnt", "state     complete\n");
+    assert!((0..40).all(|i| i == 3 || fs::read(b.path(&format!("mnt/d/{i}"))).unwrap() == content(300_000, i)));
+    b.ok("unmount mnt");
+    b.ok("check back --deep");
+}
+
+/// Whoever waits for it ends it by going away.
+#[test]
+fn a_rekey_ends_with_the_client_that_waits_for_it() {
+    if !can_mount() {
+        return;
+    }
+    let b = mounted();
+    for i in 0..10 {
+        fs::write(b.path(&format!("mnt/{i}")), content(1_000_000, i)).unwrap();
+    }
+    let mut child = b.spawn("rekey mnt --rate 1");
+    super::support::wait_for("it to run", || b.json("status mnt --json")["daemon"]["rekey"]["running"] == true);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    super::support::wait_for("the end", || b.json("status mnt --json")["daemon"]["rekey"]["running"] == false);
+    assert_eq!(b.json("status mnt --json")["daemon"]["rekey"]["report"]["outcome"], "cancelled");
+    b.ok("unmount mnt");
+}
+
 /// A bind mount shows a part of the store at another place, also as an envelopefs mount: the path below it was taken for
 /// one from the store's root.
 #[test]
@@ -192,11 +285,20 @@ fn a_damaged_file_is_named_and_left_and_the_rest_is_done() {
     );
     assert_eq!(
         err,
-        "envelopefs: 1 files could not be rekeyed and are as they were; what is done stays done; the same command goes on \
-         with the rest\n"
+        "envelopefs: 1 files could not be rekeyed and are as they were; what is done stays done; a rekey of the same \
+         paths and options goes on with the rest\n"
     );
     assert_ne!(file_id(&b, "good"), ids[0]);
     assert_eq!(file_id(&b, "bad"), ids[1]);
+    // Who comes later hears it too.
+    let o = b.run("rekey --status mnt");
+    let out = b.masked(&o.stdout);
+    assert_eq!(o.status.code(), Some(9));
+    assert!(out.starts_with("state     incomplete\n") && out.contains("  bad: block 2 "), "{out}");
+    assert!(out.contains("rekey     unfinished, 1 files done by "), "{out}");
+    assert!(
+        b.ok("status back").contains("rekey     last one incomplete: 1 files rekeyed\nrekey     unfinished, 1 files")
+    );
     fs::remove_file(b.path("mnt/bad")).unwrap();
     let out = b.ok("rekey mnt");
     assert!(out.starts_with("went on with an unfinished rekey: 1 files were done before\nrekeyed: 0 files"), "{out}");

@@ -16,9 +16,11 @@ use super::estimate::Estimate;
 use super::failures::Failures;
 use super::path::shown;
 use super::report::{Progress, State};
+use super::sweep::LEAVE_AGAIN;
 use super::turns::Turns;
 use crate::backing::{Backing, Kind, Timestamp};
 use crate::format::ids::FileId;
+use crate::kms::guard::lane::Background;
 use crate::store::node::InodeKey;
 use crate::store::rekey::{Name, Rekeyed};
 use crate::store::{Node, Result, Store, StoreError};
@@ -39,6 +41,8 @@ const JOBS: usize = 4;
 const LINKED_MAX: usize = 4096;
 /// How often names are looked for that change all the time.
 const LOOKS: usize = 3;
+/// Calls to a key service that a file takes: the old DEK unwrapped, the new one wrapped, and that proved.
+const CALLS: u32 = 3;
 /// How often progress is told.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -363,6 +367,15 @@ impl<B: Backing> Run<'_, B> {
         self.failures.add(path, error);
     }
 
+    /// Returns when the key service has leave for the calls that a file takes, behind users' and with a rotation's share.
+    fn leave(&self) -> Result<()> {
+        let ask = || self.store.shared().keys.with_active(|kek| kek.leave(Background::Rotation, CALLS));
+        while let Err(wait) = ask() {
+            self.turns.idle(wait.max(LEAVE_AGAIN)).map_err(|Cancelled| cancelled())?;
+        }
+        Ok(())
+    }
+
     /// Deals with one file.
     fn one(&self, item: Item<B>) {
         let _at_work = self.turns.at_work();
@@ -418,6 +431,7 @@ impl<B: Backing> Run<'_, B> {
             // Met twice at once: it is being done, and counts there.
             return Ok(());
         };
+        self.leave()?;
         let mut done = self.store.rekey(&item.name, &|n| self.step(n))?;
         if let (Rekeyed::Gone, Some(name)) = (done, self.store.whereabouts(&item.node)) {
             // Renamed on the way.
@@ -479,6 +493,7 @@ impl<B: Backing> Run<'_, B> {
             for (_, item) in left {
                 self.turn()?;
                 let all = names.remove(&item.node.key()).unwrap_or_default();
+                self.leave()?;
                 let Some(_alone) = Alone::take(&self.under_way, &item.node) else { continue };
                 match self.store.rekey_all(&all, &|n| self.step(n)) {
                     // Linked, renamed or removed since.

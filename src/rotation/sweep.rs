@@ -25,7 +25,7 @@ const TRIES: usize = 8;
 
 /// How soon leave for a header's calls is asked for again at the earliest: each time its slots are read again, and a service
 /// that many ask may say a very short time.
-const LEAVE_AGAIN: Duration = Duration::from_millis(20);
+pub(super) const LEAVE_AGAIN: Duration = Duration::from_millis(20);
 
 /// First halves under way at once in a run, where each is a handful of calls to a key service. At 10 ms a call, three a
 /// header, that is 500 headers a second, which is more than the usual limits allow; and half as many as a service is

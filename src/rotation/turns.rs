@@ -58,11 +58,13 @@ impl<'a> Turns<'a> {
         }
         let rest = self.courtesy.as_ref().map_or(Duration::ZERO, |c| self.rest(&mut c.lock(), now));
         let wait = paced.max(rest);
-        if wait.is_zero() {
-            return Ok(());
-        }
+        if wait.is_zero() { Ok(()) } else { self.idle(wait) }
+    }
+
+    /// Waits, and then for the end of a pause. The caller is at work: what users wait meanwhile is not its doing.
+    pub(super) fn idle(&self, time: Duration) -> Result<(), Cancelled> {
         self.load.work(false);
-        let waited = self.control.wait(wait);
+        let waited = self.control.wait(time);
         self.load.work(true);
         waited
     }

@@ -259,15 +259,27 @@ pub fn with_new_header<B: Backing, R>(
 /// As [`with_new_header`].
 pub(super) fn prepare<B: Backing>(shared: &Shared<B>, had: Option<Ready>) -> Result<Option<Ready>> {
     let keys = &shared.keys;
+    if keys.active_kek().kind() != KekKind::External {
+        return Ok(None);
+    }
+    keys.permit()?;
+    match keys.with_active(|active| keys.take_ready(active, had)) {
+        None => prepare_own(shared),
+        ready => Ok(ready),
+    }
+}
+
+/// As [`prepare`], for work that no user waits for: what the pool holds is left to users.
+///
+/// # Errors
+/// As [`with_new_header`].
+pub(super) fn prepare_own<B: Backing>(shared: &Shared<B>) -> Result<Option<Ready>> {
+    let keys = &shared.keys;
     let kek = keys.active_kek();
     if kek.kind() != KekKind::External {
         return Ok(None);
     }
     keys.permit()?;
-    let ready = keys.with_active(|active| keys.take_ready(active, had));
-    if ready.is_some() {
-        return Ok(ready);
-    }
     match new_identity(keys, &kek, keys.watch()) {
         Ok(ready) => Ok(Some(Ready { own: true, ..ready })),
         Err(_) if !keys.is_active(&kek) => Ok(None),

@@ -423,10 +423,11 @@ impl Keys {
         }
     }
 
-    /// Puts back an entry that was taken and not used. A refusal has emptied the pool, and is not got around so.
+    /// Puts back an entry that was taken and not used. A refusal has emptied the pool, and is not got around so. What was
+    /// made for one file is dropped: it was told of as that file's.
     pub(in crate::store) fn put_back_ready(&self, r: Ready) {
         self.with_active(|kek| {
-            if self.may_keep(kek, &r) {
+            if !r.own && self.may_keep(kek, &r) {
                 self.pool().put_back(r);
             }
         });

@@ -2,10 +2,15 @@
 
 use super::*;
 use crate::backing::sim::{Moment, Op, SimDisk};
+use crate::crypto::secret::Secret32;
 use crate::format::geometry;
 use crate::format::ids::FileId;
+use crate::kms::guard::lane::Background;
+use crate::kms::scripted::Behaviour;
+use crate::kms::{Description, KmsError, WrapContext};
 use crate::rotation::rekey::{RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request, rekey, unfinished};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A tree of seven files with content, one of them with three names, and an empty one.
 fn tree() -> (SimDisk, Arc<Scripted>, Arc<Store<SimDisk>>) {
@@ -224,6 +229,105 @@ fn it_goes_on_where_it_was() {
     assert_eq!((now["b/one"], now["/linked"]), (between["a/1"], between["/linked"]));
     let r = go(&s, &all());
     assert_eq!((r.resumed, r.counts.rekeyed), (false, 7), "a run that ended is over");
+}
+
+/// The KEK is in a key service, which goes away in the middle of a run, and comes back: what it was needed for is as it was,
+/// and the next run does it.
+#[test]
+fn an_outage_in_the_middle_leaves_files_as_they_were_for_the_next_run() {
+    const FILES: usize = 9;
+    for at in [0, 1, 2, 3, 7, 11, 16, 30] {
+        let (disk, service) = (SimDisk::default(), Scripted::new("s"));
+        Store::init(&disk, &roots(&service), KekKind::External, StoreFlags::default()).unwrap();
+        let s = open(disk.clone(), &service);
+        s.mkdir(&s.root(), b"a", 0o755, 0, None).unwrap();
+        s.mkdir(&s.root(), b"b", 0o755, 0, None).unwrap();
+        (0..FILES).for_each(|n| write(&s, &format!("{n}"), b"content"));
+        let (n, _) = s.lookup(&s.root(), b"4").unwrap();
+        s.link(&n, &dir(&s, "a"), b"linked").unwrap();
+        drop(n);
+        // Every file needs the service to be opened, too.
+        s.forget_idle_keys();
+        let before = ids(&s);
+        let (service_down, calls) = (Arc::clone(&service), AtomicU64::new(0));
+        service.set_hook(Some(Arc::new(move || {
+            if calls.fetch_add(1, Ordering::Relaxed) == at {
+                service_down.outage();
+            }
+        })));
+        let one = Request { jobs: NonZeroUsize::new(1), ..all() };
+        let r = go(&s, &one);
+        service.set_hook(None);
+        // Three calls a file.
+        let done = FILES.min(at as usize / 3);
+        let all_done = done == FILES;
+        let outcome = if all_done { RekeyOutcome::Complete } else { RekeyOutcome::Incomplete };
+        assert_eq!(
+            (r.outcome, r.counts.rekeyed, r.failures_total),
+            (outcome, done as u64, (FILES - done) as u64),
+            "{r:?}"
+        );
+        assert!(r.failures.iter().all(|f| f.code == "kms-unreachable"), "{r:?}");
+        let failed: BTreeSet<_> = r.failures.iter().map(|f| f.path.as_str()).collect();
+        assert_eq!(failed.len(), FILES - done, "each by its name");
+        let between = ids(&s);
+        assert_eq!(before.iter().filter(|(k, v)| between[*k] == **v && k.starts_with('/')).count(), FILES - done);
+        assert_eq!(unfinished(&disk).unwrap().map(|u| u.files), (!all_done).then_some(done as u64));
+        service.always(Behaviour::Obey);
+        if !all_done {
+            let r = go(&s, &one);
+            assert_eq!(
+                (r.outcome, r.resumed, r.counts.rekeyed),
+                (RekeyOutcome::Complete, done > 0, (FILES - done) as u64)
+            );
+        }
+        assert_eq!(changed(&before, &s).len(), FILES + 1);
+        s.close().unwrap();
+        drop(s);
+        let s = open(disk, &service);
+        let tree = read_all(&s);
+        assert!(tree.len() == FILES + 1 && tree.values().all(|c| c == b"content"), "{tree:?}");
+    }
+}
+
+/// The service's limits are asked before a file's calls, as a rotation's, and waited for.
+#[test]
+fn a_key_service_is_asked_for_leave() {
+    struct Strict(Arc<Scripted>, AtomicU64, AtomicU64);
+    impl KeyProvider for Strict {
+        fn describe(&self) -> Result<Description, KmsError> {
+            self.0.describe()
+        }
+
+        fn wrap(&self, key: &Secret32, context: &WrapContext) -> Result<Vec<u8>, KmsError> {
+            self.0.wrap(key, context)
+        }
+
+        fn unwrap(&self, wrapped: &[u8], context: &WrapContext) -> Result<Secret32, KmsError> {
+            self.0.unwrap(wrapped, context)
+        }
+
+        fn leave(&self, whose: Background, calls: u32) -> Result<(), Duration> {
+            assert_eq!(whose, Background::Rotation);
+            if self.1.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
+                return Err(Duration::ZERO);
+            }
+            self.2.fetch_add(calls.into(), Ordering::Relaxed);
+            Ok(())
+        }
+    }
+    let service = Scripted::new("s");
+    let strict = Arc::new(Strict(Arc::clone(&service), AtomicU64::new(0), AtomicU64::new(0)));
+    let root: [Arc<dyn KeyProvider>; 1] = [strict.clone()];
+    let disk = SimDisk::default();
+    Store::init(&disk, &root, KekKind::External, StoreFlags::default()).unwrap();
+    let s = Store::open(disk.clone(), Keys::open(&disk, &root).unwrap(), StoreOptions::default()).unwrap();
+    (0..5).for_each(|n| write(&s, &format!("{n}"), b"content"));
+    s.forget_idle_keys();
+    let before = service.calls().len();
+    assert_eq!(rekey(&s, &all(), &(), &Control::new()).unwrap().counts.rekeyed, 5);
+    let given = strict.2.load(Ordering::Relaxed);
+    assert_eq!((given, service.calls().len() - before), (15, 15));
 }
 
 /// What is not listed is not rekeyed, and the run says so.

@@ -11,6 +11,7 @@ use crate::backing::Backing;
 use crate::format::geometry::{self, BLOCK, PAGE, SEGMENT_BLOCKS, SegmentRange};
 use crate::format::ids::FileId;
 use crate::store::error::{Result, StoreError};
+use crate::store::header;
 use crate::store::shared::Shared;
 use parking_lot::{Mutex, RwLockWriteGuard};
 use std::collections::BTreeSet;
@@ -93,9 +94,9 @@ impl<B: Backing> Fresh<B> {
     /// Begins a copy of `source` into the empty `file`.
     ///
     /// # Errors
-    /// `EBUSY` if it is being copied already; the backing directory's.
+    /// `EBUSY` if it is being copied already; the key service's; the backing directory's.
     pub fn begin(shared: &Arc<Shared<B>>, source: OpenFile<B>, node: Arc<B::Node>, file: B::File) -> Result<Self> {
-        let (_, copy) = FileCore::with_new_file(shared, node, file, None)?;
+        let (_, copy) = FileCore::with_new_file(shared, node, file, header::prepare_own(shared)?)?;
         {
             // Nobody is in the middle of a write that is not noted.
             let _alone = source.core.inner.write();

@@ -1,6 +1,7 @@
 //! What is done ahead of need, with a service that does as it is told, and counts.
 
 use super::outage::{DAY, Rig, arena_holds, denied, kms};
+use crate::backing::sim::{Moment, Op};
 use crate::format::header::SlotPair;
 use crate::format::ids::{FileId, KekId};
 use crate::kms::KmsError;
@@ -9,6 +10,7 @@ use crate::kms::scripted::{Behaviour, Call, Gate};
 use crate::store::StoreError;
 use crate::store::keys::authority::Change;
 use crate::store::keys::{KekKind, PoolStats};
+use crate::store::rekey::Rekeyed;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -101,6 +103,31 @@ fn a_file_is_made_without_waiting_for_the_service_while_a_key_is_ready() {
         assert_eq!(w.read(node).unwrap(), [n as u8; 5000], "it opens from its header");
     }
     assert_eq!(w.headers().len(), 5);
+}
+
+/// A rekey of a whole store would have emptied it for whoever makes a file meanwhile.
+#[test]
+fn a_rekey_leaves_the_pool_to_users() {
+    let w = Working::with_four(DAY);
+    let name = w.store.name_of(&w.store.root(), b"first").unwrap();
+    let (before, stats) = (w.calls(), w.settled());
+    assert!(matches!(w.store.rekey(&name, &|_| Ok(())).unwrap(), Rekeyed::Done { .. }));
+    assert_eq!(w.settled(), stats);
+    assert_eq!(w.calls().0 - before.0, 1, "it has its own key wrapped");
+    // Emptied in the moment before the copy began: that key is nobody's.
+    let f = Arc::new(w.make("second", b"content").1);
+    // Not closed by the end of the hook.
+    let _open = Arc::clone(&f);
+    let stats = w.settled();
+    w.disk.set_hook(Some(Arc::new(move |m| {
+        if m == Moment::Before(Op::Create) {
+            f.set_len(0).unwrap();
+        }
+    })));
+    let name = w.store.name_of(&w.store.root(), b"second").unwrap();
+    assert_eq!(w.store.rekey(&name, &|_| Ok(())).unwrap(), Rekeyed::Empty);
+    w.disk.set_hook(None);
+    assert_eq!(w.settled(), stats);
 }
 
 #[test]

@@ -663,6 +663,45 @@ fn any_operation_may_fail() {
     }
 }
 
+/// Whoever writes as soon as the new inode is there, and has it made durable, has its name made durable: that was renamed
+/// a moment ago, and its directory is not synced yet.
+#[test]
+fn an_fsync_right_after_the_exchange_promises_the_new_name() {
+    for journal in [Journal::Ordered, Journal::None] {
+        let disk = base(false, journal);
+        let s = open(disk.clone());
+        let (n, _) = s.lookup(&s.root(), &long(b'f')).unwrap();
+        let f = Arc::new(s.open_file(&n, Access::ReadWrite).unwrap());
+        // Not closed by the end of the hook.
+        let _open = Arc::clone(&f);
+        let cuts = Arc::new(parking_lot::Mutex::new(Vec::new()));
+        let (user, me, left, renamed) = (Arc::clone(&s), disk.clone(), Arc::clone(&cuts), AtomicBool::new(false));
+        disk.set_hook(Some(Arc::new(move |m| match m {
+            Moment::Before(Op::Rename) => renamed.store(true, Ordering::Relaxed),
+            Moment::Before(Op::SyncDir) if renamed.swap(false, Ordering::Relaxed) => {
+                f.write(0, b"acknowledged").unwrap();
+                user.sync_file(&n, &f).unwrap();
+                let kinds = [PowerCut::Lose, PowerCut::Reorder { tear: true }];
+                left.lock().extend(
+                    kinds
+                        .into_iter()
+                        .flat_map(|k| (0..8).map(move |seed| (seed, k)))
+                        .map(|(seed, k)| me.crash_power(seed, k)),
+                );
+            }
+            _ => {}
+        })));
+        assert!(matches!(rekey_everything(&s).unwrap(), Rekeyed::Done { .. }));
+        disk.set_hook(None);
+        let cuts = std::mem::take(&mut *cuts.lock());
+        assert_eq!(cuts.len(), 16);
+        for cut in cuts {
+            let s = open(cut);
+            assert!(read(&s, &s.root(), &long(b'f')).starts_with(b"acknowledged"), "{journal:?}");
+        }
+    }
+}
+
 #[test]
 fn on_a_full_disk_nothing_is_lost_and_nothing_stays() {
     for linked in [false, true] {

@@ -363,6 +363,70 @@ fn programs_at_work_notice_nothing() {
     b.ok("check back --deep");
 }
 
+/// A file that somebody has mapped and writes through the mapping, while it is rekeyed over and over. The kernel writes the
+/// pages when it likes.
+#[test]
+fn what_is_written_through_a_mapping_stays() {
+    use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap};
+    if !can_mount() {
+        return;
+    }
+    const BLOCKS: usize = 300;
+    const LEN: usize = BLOCKS * 4096;
+    let b = mounted();
+    let path = b.path("mnt/f");
+    fs::write(&path, vec![0u8; LEN]).unwrap();
+    let f = File::options().read(true).write(true).open(&path).unwrap();
+    let stop = AtomicBool::new(false);
+    let last = std::thread::scope(|s| {
+        let writer = s.spawn(|| {
+            let mut last = vec![0u8; BLOCKS];
+            // SAFETY: a fresh mapping of an open file, used only within its length, by this thread, and unmapped below.
+            let at =
+                unsafe { mmap(std::ptr::null_mut(), LEN, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &f, 0) }
+                    .unwrap();
+            // SAFETY: as above.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(at.cast::<u8>(), LEN) };
+            let mut round = 0usize;
+            while !stop.load(Ordering::Relaxed) || round < 1000 {
+                round += 1;
+                let (block, value) = (round * 37 % BLOCKS, 1 + (round % 200) as u8);
+                bytes[block * 4096..][..4096].fill(value);
+                last[block] = value;
+                if round.is_multiple_of(100) {
+                    // SAFETY: the mapping is there, and as long.
+                    unsafe {
+                        msync(at, LEN, if round.is_multiple_of(200) { MsyncFlags::SYNC } else { MsyncFlags::ASYNC })
+                    }
+                    .unwrap();
+                }
+                let seen = round * 101 % BLOCKS;
+                assert!(bytes[seen * 4096..][..4096].iter().all(|v| *v == last[seen]), "block {seen}");
+            }
+            // SAFETY: nothing uses it any more. What is dirty in it is the kernel's to write.
+            unsafe { munmap(at, LEN) }.unwrap();
+            last
+        });
+        for _ in 0..6 {
+            assert_eq!(b.json("rekey mnt/f --json")["counts"]["rekeyed"], 1);
+        }
+        stop.store(true, Ordering::Relaxed);
+        writer.join().unwrap()
+    });
+    drop(f);
+    for round in ["cached", "remounted"] {
+        let got = fs::read(&path).unwrap();
+        assert_eq!(got.len(), LEN);
+        for (i, block) in got.chunks(4096).enumerate() {
+            assert!(block.iter().all(|v| *v == last[i]), "{round}: block {i}");
+        }
+        b.ok("unmount mnt");
+        b.ok("mount back mnt");
+    }
+    b.ok("unmount mnt");
+    b.ok("check back --deep");
+}
+
 /// Killed at some instant, the daemon leaves every file whole; the same command goes on.
 #[test]
 fn after_kill_9_every_file_is_whole_and_the_rest_is_done() {

@@ -230,3 +230,53 @@ secret_id_file = "{}"
     assert_eq!(fs::read_to_string(b.path("mnt/after")).unwrap(), "after");
     b.ok("unmount mnt");
 }
+
+/// The service goes away in the middle of a rekey and comes back: files that needed it are named and are as they were, and
+/// the same command does them.
+#[test]
+fn a_rekey_with_a_key_in_the_service_goes_on_after_an_outage() {
+    const FILES: usize = 12;
+    let b = Bench::new();
+    let mut bao = Bao::persistent();
+    bao.key("k");
+    let token = bao.secret("token", &bao.token(POLICY, &json!({})));
+    let config = format!(
+        "[services.vault]\naddress = \"{}\"\nca_file = \"{}\"\nconnect_timeout_ms = 20000\nattempt_timeout_ms = 20000\n\
+         [services.vault.auth]\nmethod = \"token\"\ntoken_file = \"{}\"\n[services.limits]\nattempts = 1\n",
+        bao.address,
+        bao.file("ca.pem").display(),
+        token.display()
+    );
+    fs::write(b.path("config.toml"), config).unwrap();
+    b.ok("init back --key vault://transit/k --kek external --plaintext-names --config DIR/config.toml");
+    b.ok("mount back mnt --config DIR/config.toml --log-file DIR/log");
+    let content = |n: usize| vec![n as u8; 400_000];
+    (0..FILES).for_each(|n| fs::write(b.path(&format!("mnt/{n}")), content(n)).unwrap());
+    let id = |n: usize| b.json(&format!("inspect back/{n} --json"))["slots"][0]["file_id"].clone();
+    let before: Vec<_> = (0..FILES).map(id).collect();
+    // Less than three files a second: it is in the middle for a while.
+    b.ok("rekey mnt --rate 1 --jobs 1 --detach");
+    let rekey = || b.json("status mnt --json")["daemon"]["rekey"].clone();
+    wait_for("some files to be done", || rekey()["status"]["counts"]["rekeyed"].as_u64() >= Some(2));
+    bao.server.kill();
+    wait_for("the end", || rekey()["running"] == false);
+    let report = rekey()["report"].clone();
+    let done = report["counts"]["rekeyed"].as_u64().unwrap();
+    assert_eq!(report["outcome"], "incomplete", "{report}");
+    assert_eq!(report["failures_total"].as_u64().unwrap() + done, FILES as u64, "{report}");
+    let failures = report["failures"].as_array().unwrap();
+    assert!(failures.iter().all(|f| f["code"] == "kms-unreachable"), "{report}");
+    let failed: Vec<usize> = failures.iter().map(|f| f["path"].as_str().unwrap().parse().unwrap()).collect();
+    assert!((0..FILES).all(|n| (id(n) == before[n]) == failed.contains(&n)));
+    // What is open, or was a while ago, can be used without the service, also what has a new key.
+    assert!((0..FILES).all(|n| fs::read(b.path(&format!("mnt/{n}"))).unwrap() == content(n)));
+    bao.restart();
+    let again = || b.run("rekey mnt --json").status.success();
+    wait_for("the rest to be done", again);
+    assert!((0..FILES).all(|n| id(n) != before[n]));
+    b.ok("unmount mnt");
+    b.ok("mount back mnt --config DIR/config.toml");
+    assert!((0..FILES).all(|n| fs::read(b.path(&format!("mnt/{n}"))).unwrap() == content(n)));
+    b.ok("unmount mnt");
+    b.ok("check back --deep --config DIR/config.toml");
+}

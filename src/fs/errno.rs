@@ -43,7 +43,7 @@ pub fn of(e: &StoreError) -> i32 {
         StoreError::NoSuchOffset => libc::ENXIO,
         StoreError::WrongKey(_) | StoreError::KeysLocked => libc::ENOKEY,
         StoreError::Locked(_) => libc::EBUSY,
-        StoreError::NotAStore(_) | StoreError::CopyLeft(_) => libc::EIO,
+        StoreError::NotAStore(_) | StoreError::CopyLeft(_) | StoreError::Parted(_) => libc::EIO,
     }
 }
 

@@ -61,6 +61,13 @@ pub enum StoreError {
     /// There is already a store here, or something else is in the way of making one.
     #[error("{0}")]
     NotEmptyForInit(String),
+    /// The names of a file with several lead to two files since: a rekey could exchange some of them only, and not take that
+    /// back. EIO.
+    #[error(
+        "some of its names lead to another file with the same content since, as they could not be renamed back ({0}); \
+             see which by ls -i, and make them one again with ln -f"
+    )]
+    Parted(io::Error),
     /// A KEK or root key operation that the key's state forbids; says why.
     #[error("{0}")]
     KeyState(String),
@@ -84,6 +91,7 @@ impl StoreError {
             Self::KeysLocked => "keys-locked",
             Self::KeyState(_) => "key-state",
             Self::CopyLeft(_) => "keyring-copy-old",
+            Self::Parted(_) => "names-parted",
             _ => "other",
         };
         code.to_owned()

@@ -142,7 +142,8 @@ impl<B: Backing> Store<B> {
     /// # Errors
     /// [`StoreError::ReadOnly`]; damage of the header or of any block; the key service's; the backing directory's, such
     /// as `ENOSPC`; `EBUSY` if the file's names or the active KEK change all the time; those of `step`. After an error
-    /// the file is as it was, or, if only making the new name durable failed, rekeyed.
+    /// the file is as it was, or, if only making the new name durable failed, rekeyed; but for [`StoreError::Parted`],
+    /// after which some of its names are those of another file.
     pub fn rekey(&self, name: &Name<B>, step: &dyn Fn(u64) -> Result<()>) -> Result<Rekeyed> {
         self.rekey_all(std::slice::from_ref(name), step)
     }

@@ -74,7 +74,7 @@ impl<B: Backing> Store<B> {
     /// The caller holds every lock there is.
     ///
     /// # Errors
-    /// The backing directory's. The names are then as they were.
+    /// The backing directory's. The names are then as they were; but for [`StoreError::Parted`].
     pub(super) fn rename_all(
         &self,
         names: &[Name<B>],
@@ -98,6 +98,7 @@ impl<B: Backing> Store<B> {
             b.link(copy, &folder, &link).map_err(kernel)?;
             links.push(Unfinished { backing: b, folder: Arc::clone(&folder), name: link, keep: false });
         }
+        let new = b.stat(copy)?.ino;
         let marker = marker(from, ino);
         b.rename(&folder, &unfinished.name, &folder, &marker, RenameMode::Replace)?;
         unfinished.name = marker;
@@ -106,16 +107,26 @@ impl<B: Backing> Store<B> {
         for i in 0..links.len() {
             let Err(e) = exchange(i) else { continue };
             // An exchange that failed may have been done all the same.
-            let is_back = |i: usize| b.stat_at(&dirs[i], &names[i].name).is_ok_and(|st| st.ino == ino);
-            let back = |i: usize| if is_back(i) { Ok(()) } else { exchange(i) };
-            if let Err(e) = (0..=i).rev().try_for_each(|i| back(i).or_else(|_| back(i))) {
-                tracing::error!("the names of file {from} lead to two files with the same content now: {e}");
+            let is_at = |i: usize, ino: u64| b.stat_at(&dirs[i], &names[i].name).is_ok_and(|st| st.ino == ino);
+            let lead = |i: usize, ino: u64| if is_at(i, ino) { Ok(()) } else { exchange(i) };
+            let back = (0..=i).rev().try_for_each(|i| lead(i, ino).or_else(|_| lead(i, ino)));
+            if back.is_err() {
+                // Neither forth nor back: forth once more, for what must not be is one file under two inodes.
+                if (0..links.len()).all(|i| lead(i, new).is_ok()) {
+                    break;
+                }
             }
             // Users go on with what there is. The next open must put nothing in the place of what they write.
             if let Err(e) = self.call_off(copy, unfinished) {
                 tracing::error!("the note of a rekey of file {from} cannot be removed; unmount before it is used: {e}");
             }
-            return Err(kernel(e));
+            let Err(stuck) = back else { return Err(kernel(e)) };
+            // What failed on the way forth may have put all of them back in the end.
+            if (0..links.len()).all(|i| is_at(i, ino)) {
+                return Err(kernel(e));
+            }
+            tracing::error!("the names of file {from} lead to two files with the same content now: {stuck}");
+            return Err(StoreError::Parted(stuck));
         }
         unfinished.keep = true;
         Ok(())

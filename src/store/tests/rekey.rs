@@ -486,6 +486,52 @@ fn what_is_written_after_a_failure_is_not_undone_by_the_next_open() {
     assert_eq!(left_over(&disk), 0);
 }
 
+/// The second name cannot be exchanged, nor the first one put back: for a while, or for good.
+#[test]
+fn names_that_can_go_neither_forth_nor_back() {
+    for for_good in [false, true] {
+        let disk = base(true, Journal::Ordered);
+        let s = open(disk.clone());
+        let (me, seen) = (disk.clone(), std::sync::atomic::AtomicU64::new(0));
+        disk.set_hook(Some(Arc::new(move |m| {
+            if m != Moment::Before(Op::Rename) {
+                return;
+            }
+            // The first names the copy, the second is the first exchange.
+            match seen.fetch_add(1, Ordering::Relaxed) {
+                2 => me.fail_from(Some(Op::Rename), 0, libc::EIO),
+                5 if !for_good => me.clear_faults(),
+                _ => {}
+            }
+        })));
+        let done = rekey_everything(&s);
+        disk.set_hook(None);
+        disk.clear_faults();
+        if !for_good {
+            assert!(matches!(done, Ok(Rekeyed::Done { .. })), "{done:?}");
+            s.close().unwrap();
+            drop(s);
+            all_is_well(&disk, true, "forth in the end");
+            continue;
+        }
+        let e = done.unwrap_err();
+        assert_eq!(e.code(), "names-parted", "{e}");
+        let names =
+            [(s.root(), long(b'f')), (s.root(), b"h".to_vec()), (s.lookup(&s.root(), b"d").unwrap().0, b"g".to_vec())];
+        let inos: std::collections::BTreeSet<_> = names.iter().map(|(d, n)| s.lookup(d, n).unwrap().1.ino).collect();
+        assert_eq!(inos.len(), 2, "it says what is so");
+        assert!(names.iter().all(|(d, n)| read(&s, d, n) == content(140_000, 3)));
+        let (h, _) = s.lookup(&s.root(), b"h").unwrap();
+        s.open_file(&h, Access::ReadWrite).unwrap().write(0, b"since").unwrap();
+        drop((h, names));
+        s.close().unwrap();
+        drop(s);
+        let s = open(disk.clone());
+        assert!(read(&s, &s.root(), b"h").starts_with(b"since"), "not undone by the next open");
+        assert_eq!(left_over(&disk), 0);
+    }
+}
+
 /// While the last of it is copied, the file gets a name in a directory that nobody has locked.
 #[test]
 fn a_link_made_during_the_exchange_is_no_other_file() {

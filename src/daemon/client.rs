@@ -104,7 +104,11 @@ impl Connection {
     /// # Errors
     /// The daemon's own fault, or [`FaultKind::Daemon`] if it went away.
     pub fn ask(self, request: &Request, mut progress: impl FnMut(&Status)) -> Result<Reply, Fault> {
-        self.until_the_last(request, |r| if let Reply::Progress(s) = r { Some(progress(s)) } else { None })
+        self.until_the_last(request, |r| {
+            let Reply::Progress(s) = r else { return false };
+            progress(s);
+            true
+        })
     }
 
     /// The same for a rekey.
@@ -112,22 +116,22 @@ impl Connection {
     /// # Errors
     /// As [`Connection::ask`].
     pub fn ask_rekey(self, request: &Request, mut progress: impl FnMut(&RekeyStatus)) -> Result<Reply, Fault> {
-        self.until_the_last(request, |r| if let Reply::RekeyProgress(s) = r { Some(progress(s)) } else { None })
+        self.until_the_last(request, |r| {
+            let Reply::RekeyProgress(s) = r else { return false };
+            progress(s);
+            true
+        })
     }
 
     /// Sends `request` and returns the first reply that is not for `progress`.
-    fn until_the_last(
-        mut self,
-        request: &Request,
-        mut progress: impl FnMut(&Reply) -> Option<()>,
-    ) -> Result<Reply, Fault> {
+    fn until_the_last(mut self, request: &Request, mut progress: impl FnMut(&Reply) -> bool) -> Result<Reply, Fault> {
         let gone = |e: io::Error| Fault::new(FaultKind::Daemon, format!("the daemon went away: {}", plain(&e)));
         protocol::send(&mut self.stream, request).map_err(gone)?;
         let mut reader = BufReader::new(self.stream);
         loop {
             match protocol::receive::<Reply>(&mut reader, protocol::REPLY_MAX).map_err(gone)? {
                 Some(Reply::Failed(f)) => return Err(f),
-                Some(r) if progress(&r).is_none() => return Ok(r),
+                Some(r) if !progress(&r) => return Ok(r),
                 Some(_) => {}
                 None => return Err(Fault::new(FaultKind::Daemon, "the daemon went away without an answer")),
             }

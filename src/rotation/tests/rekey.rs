@@ -135,8 +135,7 @@ fn users_are_listened_to_while_it_works_and_not_after() {
         disk.set_hook(None);
         s.shared().load.measure(Call::Read, || ());
         assert!(s.shared().load.take().0.iter().all(|h| h.total() == 0), "nobody listens any more");
-        let heard = *heard.lock();
-        heard
+        *heard.lock()
     };
     assert!(busy(false) > 0);
     assert_eq!(busy(true), 0);

@@ -7,7 +7,7 @@ use super::rotation_status::{failing, listed, minutes, readable};
 use super::status::ask;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
-use crate::daemon::protocol::RekeyState;
+use crate::daemon::protocol::{DaemonStatus, RekeyState};
 use crate::format::ids::StoreId;
 use crate::format::time::rfc3339_seconds;
 use crate::rotation::rekey::{RekeyCounts, RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Unfinished, unfinished};
@@ -19,7 +19,8 @@ use serde::Serialize;
 pub struct OnDisk {
     /// A rekey was begun and has not dealt with everything yet.
     pub unfinished_rekey: Option<Unfinished>,
-    /// A file with several names was being exchanged. If nobody has the store, the next mount finishes that.
+    /// A file with several names was being exchanged. Unless the store is mounted to be written, the next such mount
+    /// finishes that.
     pub rekey_interrupted: bool,
 }
 
@@ -33,8 +34,8 @@ impl OnDisk {
         }
     }
 
-    /// What is left to do while no rekey is under way, a line each.
-    pub fn left(&self, mounted: bool) -> Vec<String> {
+    /// What is left to do while no rekey is under way, a line each. `daemon`: what it says of itself, if there is one.
+    pub fn left(&self, daemon: Option<&DaemonStatus>) -> Vec<String> {
         let mut t = Vec::new();
         if let Some(u) = &self.unfinished_rekey {
             t.push(format!(
@@ -43,8 +44,11 @@ impl OnDisk {
                 rfc3339_seconds(u.noted)
             ));
         }
-        if self.rekey_interrupted && !mounted {
-            t.push("was interrupted in a file with several names; the next mount finishes that file".into());
+        // Where files may be written, that was finished before the mount.
+        if self.rekey_interrupted && daemon.is_none_or(|d| d.read_only) {
+            t.push(
+                "was interrupted in a file with several names; the next mount that may write finishes that file".into(),
+            );
         }
         t
     }
@@ -76,12 +80,13 @@ pub fn run(place: &Place, json: bool) -> Result<(), Fault> {
         mounted: daemon.is_some(),
         locked: VolumeLock::is_taken(&place.backing),
         disk: OnDisk::find(place),
-        rekey: daemon.and_then(|d| d.rekey),
+        rekey: daemon.as_ref().and_then(|d| d.rekey.clone()),
     };
+    let left = if v.is_under_way() { Vec::new() } else { v.disk.left(daemon.as_ref()) };
     if json {
         output::print_json(&v)?
     } else {
-        output::print(&text(&v))?
+        output::print(&(text(&v) + &lines(&left)))?
     }
     if v.disk.unfinished_rekey.is_some() && !v.is_under_way() {
         return Err(Fault::new(FaultKind::RekeyIncomplete, "a rekey is unfinished, and none is under way"));
@@ -95,19 +100,20 @@ impl View {
     }
 }
 
+/// What is left to do, for people.
+pub fn lines(left: &[String]) -> String {
+    left.iter().map(|l| format!("rekey     {l}\n")).collect()
+}
+
 fn text(v: &View) -> String {
-    let mut t = match &v.rekey {
+    match &v.rekey {
         Some(RekeyState { running: true, status: None, .. }) => "state     starting\n".into(),
         Some(RekeyState { running: true, status: Some(s), .. }) => running(s),
         Some(RekeyState { report: Some(r), .. }) => ended(r),
         Some(RekeyState { fault: Some(f), .. }) => format!("state     failed: {f}\n"),
         _ if v.mounted => "state     there was no rekey since the mount\n".into(),
         _ => "state     not mounted: no rekey is under way\n".into(),
-    };
-    if !v.is_under_way() {
-        v.disk.left(v.mounted).iter().for_each(|l| t += &format!("rekey     {l}\n"));
     }
-    t
 }
 
 /// One line about a rekey, for `status`.
@@ -174,6 +180,7 @@ fn ended(r: &RekeyReport) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::protocol::{CacheStatus, KeysStatus};
     use crate::rotation::{Failing, Failure};
 
     fn counts() -> RekeyCounts {
@@ -225,8 +232,18 @@ mod tests {
             OnDisk { unfinished_rekey: Some(Unfinished { files: 7, noted: 1_790_000_000 }), rekey_interrupted: true };
         let unfinished =
             "unfinished, 7 files done by 2026-09-21T14:13:20Z; a rekey of the same paths and options goes on with it";
-        assert_eq!(disk.left(true), [unfinished]);
-        let both = [unfinished, "was interrupted in a file with several names; the next mount finishes that file"];
-        assert_eq!(disk.left(false), both);
+        let daemon = |read_only| {
+            let v = serde_json::json!({
+                "pid": 1, "version": "0", "store": "0", "mountpoint": "/m", "backing": "/b", "uptime": 1,
+                "read_only": read_only, "memory_locked": true, "keys": KeysStatus::default(),
+                "dek_cache": CacheStatus::default(), "rotation": null, "rekey": null,
+            });
+            serde_json::from_value::<DaemonStatus>(v).unwrap()
+        };
+        assert_eq!(disk.left(Some(&daemon(false))), [unfinished]);
+        let interrupted =
+            "was interrupted in a file with several names; the next mount that may write finishes that file";
+        assert_eq!(disk.left(Some(&daemon(true))), [unfinished, interrupted]);
+        assert_eq!(disk.left(None), [unfinished, interrupted]);
     }
 }

@@ -205,7 +205,7 @@ fn text(s: &Status) -> String {
         t += &format!("rekey     {}\n", rekey_status::in_words(r));
     }
     if !rekey.is_some_and(|r| r.running) {
-        s.rekey.left(s.daemon.is_some()).iter().for_each(|l| t += &format!("rekey     {l}\n"));
+        t += &rekey_status::lines(&s.rekey.left(s.daemon.as_ref()));
     }
     t += &s.rotation.exceptions.as_ref().map_or_else(String::new, rotation_status::in_words);
     t + &keys(&s.keyring)

@@ -36,6 +36,7 @@
 //! | `destroy` | one KEK gone, after a fresh scan of its own | yes |
 //! | [`rekey`] | new DEKs and content encrypted anew, for files and trees | yes |
 
+mod barrier;
 pub mod control;
 mod courtesy;
 mod destroy;

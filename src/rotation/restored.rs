@@ -1,5 +1,6 @@
 //! Headers that an old backup brought back under a retired KEK, moved to the active one as they are found.
 
+use super::barrier::Barrier;
 use super::control::Control;
 use super::failures::Failures;
 use super::options::Options;
@@ -39,6 +40,7 @@ pub fn rewrap_restored<B: Backing>(shared: &Shared<B>, control: &Control) -> Res
         again: false,
         turns: &turns,
         calls: 1,
+        barrier: Barrier::default(),
         patience: Mutex::new(Patience::new(Duration::ZERO)),
         swept: Mutex::default(),
     };

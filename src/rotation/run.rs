@@ -1,5 +1,6 @@
 //! A run from beginning to end.
 
+use super::barrier::Barrier;
 use super::control::{Cancelled, Control};
 use super::estimate::Estimate;
 use super::exceptions;
@@ -352,6 +353,7 @@ impl<'a, B: Backing> Run<'a, B> {
             again,
             turns: &self.turns,
             calls: calls_at_once(self.ctx.shared, self.options.worker_count()),
+            barrier: Barrier::default(),
             patience: Mutex::new(Patience::new(self.options.patience)),
             swept: Mutex::default(),
         };

@@ -1,5 +1,6 @@
 //! The sweep: moves every header of a batch to the target KEK.
 
+use super::barrier::{Barrier, Since};
 use super::control::{Cancelled, Control};
 use super::failures::Failures;
 use super::pass::{Item, Visitor};
@@ -67,6 +68,7 @@ pub(super) struct Sweep<'a, B: Backing> {
     pub(super) turns: &'a Turns<'a>,
     /// First halves of a batch under way at once, see [`calls_at_once`].
     pub(super) calls: usize,
+    pub(super) barrier: Barrier,
     pub(super) patience: Mutex<Patience>,
     pub(super) swept: Mutex<Swept>,
 }
@@ -153,9 +155,9 @@ impl<B: Backing> Sweep<'_, B> {
     }
 
     /// Makes the first halves durable. Those for which that failed are dropped: their old slot must stay.
-    fn barrier(&self, halves: Vec<Begun<B>>, counts: &mut Counts) -> Vec<Begun<B>> {
+    fn durable(&self, halves: Vec<Begun<B>>, since: Since, counts: &mut Counts) -> Vec<Begun<B>> {
         let b = &self.shared.backing;
-        if halves.len() >= SYNC_ALL_FROM && b.sync_all().is_ok() {
+        if halves.len() >= SYNC_ALL_FROM && self.barrier.wait(b, since) {
             return halves;
         }
         // One by one, also to find out which file a failed barrier was about.
@@ -173,8 +175,9 @@ impl<B: Backing> Sweep<'_, B> {
     fn together(&self, items: Vec<Item<B>>, done: &mut Swept) -> Result<(), Cancelled> {
         let (mut end, mut todo) = (Ok(()), items);
         for _ in 0..TRIES {
+            let since = self.barrier.now();
             let halves = self.begin(std::mem::take(&mut todo), done, &mut end);
-            for (item, h) in self.barrier(halves, &mut done.counts) {
+            for (item, h) in self.durable(halves, since, &mut done.counts) {
                 let from = h.from;
                 match second_half(self.shared, h) {
                     Ok(Second::Done) => {

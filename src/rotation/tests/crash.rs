@@ -1,7 +1,16 @@
 //! Stopped, and cut off from power, after every single operation.
 
+use super::super::barrier::Barrier;
+use super::super::failures::Failures;
+use super::super::pass::{Item, Visitor};
+use super::super::patience::Patience;
+use super::super::sweep::Sweep;
+use super::super::turns::Turns;
 use super::*;
-use crate::backing::sim::{Journal as SimJournal, PowerCut, SimOptions};
+use crate::backing::sim::{Journal as SimJournal, Moment, Op, PowerCut, SimOptions};
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 
 fn options() -> Options {
     Options { destroy_old: true, ..one_job() }
@@ -137,4 +146,81 @@ fn the_power_can_go_around_a_barrier_for_everything() {
             }
         }
     }
+}
+
+/// Slots of all files with content that name `kek`, as the platter has them if the power goes now, and as memory has them.
+fn moved(disk: &SimDisk, kek: KekId) -> Vec<(usize, usize)> {
+    let platter = disk.crash_power(0, PowerCut::Lose);
+    let of = |raw: Vec<u8>| raw.chunks(1024).take(2).filter(|s| s.starts_with(MAGIC) && s[128..144] == kek.0).count();
+    disk.files().iter().map(|p| (of(platter.read_raw(p).unwrap()), of(disk.read_raw(p).unwrap()))).collect()
+}
+
+/// A second half is only written after the first is on disk, whoever's barrier it was that did it. One that is under way
+/// when a batch comes to its barrier may have gone past its first halves.
+#[test]
+fn a_barrier_that_was_under_way_does_not_count_for_who_comes_meanwhile() {
+    const EACH: usize = 10;
+    let (disk, root) = (SimDisk::default(), Scripted::new("root"));
+    init(&disk, &root);
+    let store = open(disk.clone(), &root);
+    let names: Vec<_> = (0..2 * EACH).map(|i| format!("{i}")).collect();
+    names.iter().for_each(|n| write(&store, n, b"content"));
+    store.close().unwrap();
+    let control = Control::new();
+    control.cancel();
+    let ctx = Context { shared: store.shared(), moves: &*store };
+    let target = run(&ctx, &one_job(), &(), &control).unwrap().target;
+
+    let (control, failures) = (Control::new(), Failures::default());
+    let full_speed = Options { full_speed: true, ..Options::default() };
+    let turns = Turns::new(&full_speed, &control, &store.shared().load);
+    let sweep = Sweep {
+        shared: store.shared(),
+        target: store.shared().keys.kek(target).unwrap(),
+        control: &control,
+        failures: &failures,
+        again: false,
+        turns: &turns,
+        calls: 1,
+        barrier: Barrier::default(),
+        patience: Mutex::new(Patience::new(std::time::Duration::ZERO)),
+        swept: Mutex::default(),
+    };
+    let root = disk.root().unwrap();
+    let raw: Vec<_> = disk.files().into_iter().filter(|p| disk.read_raw(p).unwrap().starts_with(MAGIC)).collect();
+    let mut items: Vec<_> = raw.iter().map(|p| Item::opened(Arc::new(disk.lookup(&root, p).unwrap()))).collect();
+    assert_eq!(items.len(), 2 * EACH);
+    let others = items.split_off(EACH);
+
+    let (synced, first_synced) = channel();
+    let (written, others_written) = channel();
+    let others_written = Mutex::new(others_written);
+    let (barriers, writes) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let looked = disk.clone();
+    disk.set_hook(Some(Arc::new(move |moment| match moment {
+        // The first halves of one batch are on disk; until it is told so, the other writes its own.
+        Moment::Synced(Op::SyncAll) if barriers.fetch_add(1, Ordering::SeqCst) == 0 => {
+            synced.send(()).unwrap();
+            others_written.lock().recv().unwrap();
+        }
+        // Put back after each write.
+        Moment::Before(Op::SetTimes) => {
+            for (platter, memory) in moved(&looked, target) {
+                assert!(memory < 2 || platter > 0, "a second half before the first was durable");
+            }
+            if writes.fetch_add(1, Ordering::SeqCst) + 1 == 2 * EACH {
+                written.send(()).unwrap();
+            }
+        }
+        _ => {}
+    })));
+    std::thread::scope(|s| {
+        let first = s.spawn(|| sweep.batch(items));
+        first_synced.recv().unwrap();
+        sweep.batch(others).unwrap();
+        first.join().unwrap().unwrap();
+    });
+    disk.set_hook(None);
+    assert_eq!(sweep.swept.lock().counts.rewrapped, 2 * EACH as u64);
+    assert!(moved(&disk, target).iter().filter(|(_, memory)| *memory == 2).count() == 2 * EACH);
 }

@@ -27,6 +27,7 @@
 //! | [`exceptions`] | what the last complete run left out, on disk | yes |
 //! | `pass` | one walk over the store, in batches, by workers | walks |
 //! | `rewrap` | one header to the new KEK, in two halves | yes |
+//! | `barrier` | one barrier for all workers that wait for one | syncs |
 //! | `sweep` | a batch of headers, with barriers | yes |
 //! | `verify` | the fresh scan | reads |
 //! | `run` | all of it in order | yes |

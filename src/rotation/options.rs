@@ -72,10 +72,13 @@ impl Options {
         self.jobs.map_or(READERS, |n| n.get().min(WORKERS_MAX))
     }
 
-    /// How many workers a sweep starts: two for each processor, so that one has work while the other waits for a barrier.
+    /// How many workers a sweep starts: half as many again as processors, so that some work while others wait for a barrier.
     pub fn worker_count(&self) -> usize {
         self.jobs.map_or_else(
-            || 2 * std::thread::available_parallelism().map_or(2, NonZeroUsize::get).min(8),
+            || {
+                let processors = std::thread::available_parallelism().map_or(2, NonZeroUsize::get).min(8);
+                processors + processors.div_ceil(2)
+            },
             |n| n.get().min(WORKERS_MAX),
         )
     }
@@ -96,7 +99,7 @@ mod tests {
     fn a_scan_has_more_workers_than_there_are_processors_unless_told() {
         let jobs = |n| Options { jobs: NonZeroUsize::new(n), ..Options::default() };
         assert_eq!(Options::default().reader_count(), READERS);
-        assert!((2..=16).contains(&Options::default().worker_count()));
+        assert!((2..=12).contains(&Options::default().worker_count()));
         for (asked, started) in [(1, 1), (3, 3), (64, 64), (1000, WORKERS_MAX)] {
             assert_eq!((jobs(asked).worker_count(), jobs(asked).reader_count()), (started, started));
         }

@@ -5,9 +5,9 @@
 //! before any header names it, so one that is not there after that look is nobody's.
 //!
 //! Looking costs little: what tells two states of the copies apart without reading them (inode, size, times). Only if that
-//! has changed are they read, and at most once a second, so that a backing directory whose headers name made-up KEKs does
-//! not keep this program reading. What was read is adopted if it is this store's, authentic, and newer; nothing but that
-//! has root keys unwrap anything.
+//! has changed are they read, at most once a second, and once for all who wait, so that a backing directory whose headers
+//! name made-up KEKs does not keep this program reading. What was read is adopted if it is this store's, authentic, and
+//! newer; nothing but that has root keys unwrap anything.
 
 use super::roots::{self, Opened};
 use super::{Keys, Phase, disk};
@@ -29,11 +29,22 @@ pub struct Renewal {
 }
 
 struct Reading {
-    /// The copies as they were before it; `None`: it came to nothing.
-    stamps: Option<disk::Stamps>,
-    at: Instant,
-    /// Why what was read is not in force, if that may be another time.
-    failed: Option<KmsError>,
+    /// The copies as they were before it.
+    stamps: disk::Stamps,
+    began: Instant,
+    ended: Instant,
+    outcome: Outcome,
+}
+
+/// What came of a reading.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Outcome {
+    /// What was to be had of it is in force.
+    Known,
+    /// A KEK of what was read did not open, and may another time.
+    Closed(KmsError),
+    /// It came to nothing.
+    Unreadable,
 }
 
 /// What to do next.
@@ -43,17 +54,23 @@ enum Step {
     Nothing,
     /// As the last time, which is too short a while ago.
     Fail(KmsError),
+    /// As the last time, which began after this one was asked for.
+    Unreadable,
     Read,
     Wait(Duration),
 }
 
-/// Decides by the last reading, and the copies as they are at `now`.
-fn step(last: Option<&Reading>, stamps: &disk::Stamps, now: Instant) -> Step {
+/// Decides for somebody who `came` then, by the last reading, and the copies as they are at `now`. What was looked for was on
+/// disk when he came, so that a reading which began later has found it, if it is there: many who wait for one after the other
+/// are not each to read, nor each to wait for a service that is away.
+fn step(last: Option<&Reading>, stamps: &disk::Stamps, came: Instant, now: Instant) -> Step {
     let Some(last) = last else { return Step::Read };
-    let left = READ_EVERY.saturating_sub(now.saturating_duration_since(last.at));
-    match (&last.failed, last.stamps.as_ref() == Some(stamps)) {
-        (None, true) => Step::Nothing,
-        (Some(e), true) if !left.is_zero() => Step::Fail(e.clone()),
+    let left = READ_EVERY.saturating_sub(now.saturating_duration_since(last.ended));
+    let (is_same, is_later) = (last.stamps == *stamps, last.began >= came);
+    match &last.outcome {
+        Outcome::Known if is_same || is_later => Step::Nothing,
+        Outcome::Closed(e) if is_later || is_same && !left.is_zero() => Step::Fail(e.clone()),
+        Outcome::Unreadable if is_later => Step::Unreadable,
         _ if left.is_zero() => Step::Read,
         _ => Step::Wait(left),
     }
@@ -92,6 +109,7 @@ impl Keys {
     /// [`StoreError::KeysLocked`]; as [`Keys::open`] for copies that cannot be read; [`StoreError::Kms`] if a KEK does not
     /// open: the provider's own error.
     pub(in crate::store) fn renew<B: Backing>(&self, b: &B) -> Result<bool> {
+        let came = Instant::now();
         let mut renewal = self.renewal.lock();
         let folder = disk::folder(b)?;
         let stamps = loop {
@@ -100,18 +118,30 @@ impl Keys {
                 return Err(StoreError::KeysLocked);
             }
             let stamps = disk::stamps(b, &folder);
-            match step(renewal.last.as_ref(), &stamps, Instant::now()) {
+            match step(renewal.last.as_ref(), &stamps, came, Instant::now()) {
                 Step::Nothing => return Ok(false),
                 Step::Fail(e) => return Err(e.into()),
+                Step::Unreadable => return Err(Damage::KeyringUnreadable.into()),
                 Step::Wait(left) => std::thread::sleep(left),
                 Step::Read => break stamps,
             }
         };
-        let found = disk::candidates(disk::load(b, &folder));
-        let last = renewal.last.insert(Reading { stamps: None, at: Instant::now(), failed: None });
-        let (found, _damaged) = found?;
+        let began = Instant::now();
+        let done = self.read_again(b, &folder);
+        let outcome = match &done {
+            Ok(_) => Some(Outcome::Known),
+            Err(StoreError::Kms(e)) => Some(Outcome::Closed(e.clone())),
+            Err(StoreError::KeysLocked) => None,
+            Err(_) => Some(Outcome::Unreadable),
+        };
+        renewal.last = outcome.map(|outcome| Reading { stamps, began, ended: Instant::now(), outcome });
+        done
+    }
+
+    /// Reads both copies, and takes over what is newer. Says whether anything was.
+    fn read_again<B: Backing>(&self, b: &B, folder: &B::Node) -> Result<bool> {
+        let (found, _damaged) = disk::candidates(disk::load(b, folder))?;
         let Some(ring) = newer(&self.snapshot(), found, |d| roots::is_authentic(&self.secret, d)) else {
-            last.stamps = Some(stamps);
             return Ok(false);
         };
         let opened = self.open_new(&ring);
@@ -120,11 +150,9 @@ impl Keys {
                 generation = ring.generation,
                 "the keyring was changed elsewhere, and a KEK does not open: {e}"
             );
-            (last.stamps, last.failed) = (Some(stamps), Some(e.clone()));
             return Err(e.into());
         }
         self.take_over(ring, opened)?;
-        last.stamps = Some(stamps);
         Ok(true)
     }
 
@@ -188,23 +216,36 @@ mod tests {
     fn the_copies_are_read_when_they_have_changed_and_once_a_second_at_most() {
         let t = Instant::now();
         let ms = |n| t + Duration::from_millis(n);
-        let away = || KmsError::Unreachable("gone".into());
-        let read = |failed| Reading { stamps: Some(stamps(1)), at: t, failed };
-        assert_eq!(step(None, &stamps(1), t), Step::Read);
-        for (failed, now, at, want) in [
-            (None, 1, 0, Step::Nothing),
-            (None, 1, 5000, Step::Nothing),
-            (None, 2, 400, Step::Wait(Duration::from_millis(600))),
-            (None, 2, 1000, Step::Read),
-            (Some(away()), 1, 400, Step::Fail(away())),
-            (Some(away()), 1, 1000, Step::Read),
-            (Some(away()), 2, 400, Step::Wait(Duration::from_millis(600))),
-            (Some(away()), 2, 1001, Step::Read),
+        let closed = || Outcome::Closed(KmsError::Unreachable("gone".into()));
+        let fail = || Step::Fail(KmsError::Unreachable("gone".into()));
+        let wait = |n| Step::Wait(Duration::from_millis(n));
+        // From 100 to 5000: the service took its time.
+        let read = |outcome| Reading { stamps: stamps(1), began: ms(100), ended: ms(5000), outcome };
+        assert_eq!(step(None, &stamps(1), t, t), Step::Read);
+        for (outcome, now, came, at, want) in [
+            (Outcome::Known, 1, 200, 5000, Step::Nothing),
+            (Outcome::Known, 1, 9000, 9000, Step::Nothing),
+            (Outcome::Known, 2, 200, 5400, wait(600)),
+            (Outcome::Known, 2, 200, 6000, Step::Read),
+            (Outcome::Known, 2, 100, 5400, Step::Nothing),
+            (Outcome::Known, 2, 0, 6000, Step::Nothing),
+            (closed(), 1, 200, 5400, fail()),
+            (closed(), 1, 200, 6000, Step::Read),
+            (closed(), 2, 200, 5400, wait(600)),
+            (closed(), 2, 200, 6001, Step::Read),
+            (closed(), 2, 100, 5000, fail()),
+            (closed(), 1, 0, 6000, fail()),
+            // It may be readable now.
+            (Outcome::Unreadable, 1, 200, 5400, wait(600)),
+            (Outcome::Unreadable, 1, 200, 6000, Step::Read),
+            (Outcome::Unreadable, 1, 100, 5400, Step::Unreadable),
         ] {
-            assert_eq!(step(Some(&read(failed.clone())), &stamps(now), ms(at)), want, "{failed:?} {now} {at}");
+            assert_eq!(
+                step(Some(&read(outcome.clone())), &stamps(now), ms(came), ms(at)),
+                want,
+                "{outcome:?} {now} {at}"
+            );
         }
-        let unreadable = Reading { stamps: None, at: t, failed: None };
-        assert_eq!(step(Some(&unreadable), &stamps(1), ms(1000)), Step::Read, "it may be readable now");
     }
 
     fn keyring(generation: u64) -> Keyring {

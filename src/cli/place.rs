@@ -81,13 +81,9 @@ impl Place {
         }
         let owner = self.mount.as_ref().and_then(mounts::Mount::owner).unwrap_or_else(process::uid);
         let store = self.keyring.store;
-        let found = match self.mount.as_ref().map(|m| m.mountpoint.as_path()) {
+        let found = match &self.mount {
             None => Connection::to_store(store, owner),
-            Some(at) => match Connection::to_mount(store, owner, at) {
-                // A bind mount, or moved. But another mount does not stand in for one whose daemon has died.
-                Err(f) if f.kind == FaultKind::Daemon && !mounts::is_dead(at) => Connection::to_store(store, owner),
-                found => found,
-            },
+            Some(m) => self.daemon_of(m, owner),
         };
         match found {
             Ok(c) => Ok(Some(c)),
@@ -99,6 +95,24 @@ impl Place {
                 }
             }
             Err(f) => Err(f),
+        }
+    }
+
+    /// A connection to the daemon of `m`, and to no other one that has the store mounted, too: it may have to lock keys.
+    fn daemon_of(&self, m: &mounts::Mount, owner: u32) -> Result<Connection, Fault> {
+        let store = self.keyring.store;
+        let found = Connection::to_mount(store, owner, &m.mountpoint);
+        if !matches!(&found, Err(f) if f.kind == FaultKind::Daemon) {
+            return found;
+        }
+        // A bind mount, or moved. But another mount does not stand in for one whose daemon has died or has its socket elsewhere.
+        let all = mounts::all_of(&self.backing).map_err(|e| Fault::io("look for mounts of", &self.backing, &e))?;
+        let (same, others): (Vec<_>, Vec<_>) = all.iter().partition(|o| o.device == m.device);
+        let bound = same.iter().map(|o| Connection::to_mount(store, owner, &o.mountpoint)).find(Result::is_ok);
+        match bound {
+            Some(c) => c,
+            None if others.is_empty() && !mounts::is_dead(&m.mountpoint) => Connection::to_store(store, owner),
+            None => found,
         }
     }
 }

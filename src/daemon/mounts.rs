@@ -11,6 +11,8 @@ pub const FS_TYPE: &str = "fuse.envelopefs";
 /// One line of mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// Device number, `major:minor`: one for each daemon, whatever bind mounts of it there are.
+    pub device: String,
     /// What of its file system is mounted: `/` but for bind mounts.
     pub root: PathBuf,
     /// Where it is mounted.
@@ -105,14 +107,15 @@ fn parse(text: &[u8]) -> Vec<Mount> {
 
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
-    let root = path(fields.nth(3)?);
+    let device = String::from_utf8_lossy(fields.nth(2)?).into_owned();
+    let root = path(fields.next()?);
     let mountpoint = path(fields.next()?);
     let mut options = list_of(fields.next()?);
     let mut after = fields.skip_while(|f| *f != b"-").skip(1);
     let fs_type = String::from_utf8_lossy(after.next()?).into_owned();
     let source = path(after.next()?);
     options.extend(list_of(after.next().unwrap_or_default()));
-    Some(Mount { root, mountpoint, fs_type, source, options })
+    Some(Mount { device, root, mountpoint, fs_type, source, options })
 }
 
 fn list_of(field: &[u8]) -> Vec<String> {
@@ -164,6 +167,7 @@ garbage
         assert_eq!(m[1].mountpoint, Path::new("/mnt/a b"));
         assert_eq!(m[1].source, Path::new("/srv/x\\y"));
         assert!(m[1].is_ours() && !m[2].is_ours());
+        assert_eq!(m[1].device, "0:52");
         assert_eq!(m[1].owner(), Some(1000));
         assert_eq!(m[0].owner(), None);
         assert_eq!(m[2].options, ["ro", "ro"]);

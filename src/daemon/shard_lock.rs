@@ -128,8 +128,9 @@ pub fn at_work(backing: &Path) -> Vec<Shard> {
 }
 
 fn at_work_in(folder: &Path) -> Vec<Shard> {
+    let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::RDONLY;
     let taken = |s: &Shard| {
-        File::open(share_path(folder, *s))
+        rustix::fs::open(share_path(folder, *s), flags, Mode::empty())
             .is_ok_and(|f| flock(&f, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK))
     };
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -256,6 +257,15 @@ mod tests {
         // What the last division was binds nobody.
         assert_eq!(take(&d, "1/4").unwrap().1, Some(()));
         assert!(!VolumeLock::is_taken(d.path()));
+    }
+
+    #[test]
+    fn a_look_at_who_is_at_work_does_not_wait_for_what_lies_in_place_of_a_lock() {
+        let d = store();
+        make_folder(d.path()).unwrap();
+        let at = share_path(&folder_of(d.path()), shard("1/2"));
+        rustix::fs::mknodat(rustix::fs::CWD, &at, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert_eq!(at_work(d.path()), []);
     }
 
     #[test]

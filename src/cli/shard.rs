@@ -6,7 +6,7 @@ use super::keyring::ExportFile;
 use super::place::Place;
 use super::progress::Meter;
 use super::rotate::{Shown, config_of, finish, on_signal, open_keys, report_file};
-use super::{audit, report};
+use super::{audit, report, root_keys};
 use crate::backing::posix::Posix;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::observed::Observed;
@@ -84,6 +84,7 @@ impl Work<'_> {
     fn begin(&self) -> Result<(SharedStore<Posix>, Option<Begun>), Fault> {
         let store = self.open()?;
         if is_unfinished(&store.keys().snapshot()) {
+            store.mend();
             return Ok((store, None));
         }
         let mut options = self.options.clone();
@@ -93,6 +94,7 @@ impl Work<'_> {
             options.staged = Some(staged);
         }
         let begun = store.begin(&options, &Shown(self.meter), self.control).map_err(|e| self.fail(&e))?;
+        root_keys::tell_of_copy(store.keys());
         Ok((store, Some(begun)))
     }
 
@@ -154,6 +156,9 @@ pub fn merge(a: &RotateArgs, files: &[PathBuf], place: &Place) -> Result<(), Fau
     let (b, keys) = open_keys(a, place, &config, &observed)?;
     let store = SharedStore::new(b, keys);
     let merged = reports(&store, given, place).and_then(|r| store.merge(&r).map_err(|e| fail(&e)));
+    if merged.is_ok() {
+        root_keys::tell_of_copy(store.keys());
+    }
     observed.end();
     let (report, sealed) = merged?;
     finish(&report, Some(&sealed), file, a)

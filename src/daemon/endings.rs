@@ -15,8 +15,7 @@ use crate::backing::Backing;
 use crate::format::ids::KekId;
 use crate::rotation::{self, Fate, When};
 use crate::store::Store;
-use crate::store::keys::{Confirmation, Phase};
-use crate::store::shared::Shared;
+use crate::store::keys::Confirmation;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -47,7 +46,8 @@ impl Endings {
                     continue;
                 }
                 look(&store, &job, &backing, &mut put_off);
-                if mend_after <= Instant::now() && !mend(store.shared()) {
+                let shared = store.shared();
+                if mend_after <= Instant::now() && !shared.keys.try_to_mend_copies(&shared.backing) {
                     mend_after = Instant::now() + BUSY_AGAIN_AFTER;
                 }
             }
@@ -94,16 +94,4 @@ fn look<B: Backing>(store: &Store<B>, job: &Job, backing: &std::path::Path, put_
         };
         put_off.insert(kek, Instant::now() + wait);
     }
-}
-
-/// Replaces the copy of the keyring that is not as it should be, if there is one. Says no if it is to be tried later.
-fn mend<B: Backing>(shared: &Shared<B>) -> bool {
-    if !shared.keys.copy_is_left() || shared.keys.phase() != Phase::Open {
-        return true;
-    }
-    match shared.keys.mend_copies(&shared.backing) {
-        Ok(_) => tracing::info!("both copies of the keyring are whole and equal again"),
-        Err(e) => tracing::warn!("{e}"),
-    }
-    !shared.keys.copy_is_left()
 }

@@ -77,6 +77,11 @@ impl<B: Backing> SharedStore<B> {
         &self.0.keys
     }
 
+    /// As [`Keys::try_to_mend_copies`]; the caller holds the lock of keyring changes.
+    pub fn mend(&self) {
+        self.0.keys.try_to_mend_copies(&self.0.backing);
+    }
+
     /// As [`rotation::stage`]; the caller holds the lock of keyring changes.
     ///
     /// # Errors

@@ -25,7 +25,8 @@ pub enum Staged {
 }
 
 /// Finds out what a run with `options` would begin with, and makes the new KEK if there is to be one: durable, read back
-/// from disk and unwrapped, but not active. What an earlier run has staged and not made active is discarded.
+/// from disk and unwrapped, but not active. What an earlier run has staged and not made active is discarded; a copy of the
+/// keyring that it left old is replaced, if that can be.
 ///
 /// # Errors
 /// As [`super::run`], but for what comes after.
@@ -61,7 +62,11 @@ pub fn stage<B: Backing>(ctx: &Context<'_, B>, options: &Options) -> Result<Stag
         keys.discard_pending(b, id)?;
     }
     match plan.begin {
-        Begin::Resume(target) => Ok(Staged::Resume(target)),
+        Begin::Resume(target) => {
+            // Headers name that KEK, and one copy of the keyring may not know it.
+            keys.try_to_mend_copies(b);
+            Ok(Staged::Resume(target))
+        }
         Begin::New(kind) => Ok(Staged::New(keys.stage(b, kind, &options.root)?)),
     }
 }

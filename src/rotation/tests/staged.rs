@@ -53,6 +53,19 @@ fn a_staged_kek_that_another_run_has_discarded_is_not_used() {
     assert_eq!(read_all(&store), tree);
 }
 
+/// The KEK that headers are being moved to was in one copy of the keyring only until the run ended.
+#[test]
+fn a_run_that_goes_on_replaces_an_old_copy_of_the_keyring_first() {
+    let (disk, root, _) = filled();
+    let copy = |c: &str| disk.read_raw(format!(".envelopefs/keyring.{c}")).unwrap();
+    let old = copy("b");
+    let Staged::New(new) = begin(&open(disk.clone(), &root), &one_job()).unwrap() else { panic!() };
+    Keys::open(&disk, &roots(&root)).unwrap().activate(&disk, new).unwrap();
+    disk.replace_raw(".envelopefs/keyring.b", &old).unwrap();
+    assert_eq!(begin(&open(disk.clone(), &root), &one_job()).unwrap(), Staged::Resume(new));
+    assert!(copy("a") == copy("b") && copy("b") != old);
+}
+
 #[test]
 fn nothing_is_staged_where_a_run_would_make_no_new_kek() {
     let (disk, root, _) = filled();

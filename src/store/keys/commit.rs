@@ -10,7 +10,7 @@
 //! stays at the one before, with which nothing can be lost: what is wrapped under a KEK that was active before opens
 //! under both, while under one that may turn out to be pending it would not.
 
-use super::{COPIES, Keys, Proof, disk, encode, prove, roots};
+use super::{COPIES, Keys, Phase, Proof, disk, encode, prove, roots};
 use crate::backing::Backing;
 use crate::format::keyring::Keyring;
 use crate::store::{Result, StoreError};
@@ -121,6 +121,19 @@ impl Keys {
         let is_left = self.copy_is_left();
         self.settle(b, "the keyring is as it should be")?;
         Ok(is_left)
+    }
+
+    /// As [`Keys::mend_copies`], for whoever has something else to do: does nothing if there is nothing to replace or the keys
+    /// are locked, and what goes wrong is logged. Says no if it did.
+    pub fn try_to_mend_copies<B: Backing>(&self, b: &B) -> bool {
+        if !self.copy_is_left() || self.gate.phase() != Phase::Open {
+            return true;
+        }
+        match self.mend_copies(b) {
+            Ok(_) => tracing::info!("both copies of the keyring are whole and equal again"),
+            Err(e) => tracing::warn!("{e}"),
+        }
+        !self.copy_is_left()
     }
 
     /// As [`Keys::mend_copies`], after a look at both copies.

@@ -380,6 +380,49 @@ fn read_only_mounts_share_a_store_with_each_other_and_with_shards_and_with_nobod
     b.ok("mount back mnt2 --read-only");
 }
 
+/// It locked the keys of the only daemon that it found, and said that it was done.
+#[test]
+fn a_read_only_mount_whose_socket_is_gone_is_not_mistaken_for_another_one() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(3);
+    b.ok("mount back mnt --read-only");
+    let socket = fs::read_dir(b.path("run")).unwrap().next().unwrap().unwrap().path();
+    fs::create_dir(b.path("mnt2")).unwrap();
+    b.ok("mount back mnt2 --read-only");
+    fs::remove_file(socket).unwrap();
+    for line in ["lock mnt", "unlock mnt", "status mnt2 --json", "rotate mnt --dry-run"] {
+        match line.contains("mnt2") {
+            true => assert_eq!(b.json(line)["mountpoint"], b.path("mnt2").display().to_string()),
+            false => refused(&b, line, 7, &["is in use by read-only mounts"]),
+        }
+    }
+    for at in ["mnt", "mnt2"] {
+        is_whole(&b.path(at), 1);
+    }
+    b.ok("unmount mnt");
+    b.ok("unmount mnt2");
+}
+
+/// A shard that was killed between the two copies left the one that the moved files depend on alone, until the merge.
+#[test]
+fn a_shard_that_begins_alone_replaces_an_old_copy_of_the_keyring() {
+    if !can_mount() {
+        return;
+    }
+    let b = with_files(10);
+    let copies = || ["a", "b"].map(|c| fs::read(b.path("back/.envelopefs/keyring.").with_extension(c)).unwrap());
+    let [_, old] = copies();
+    b.ok("rotate back --shard 1/2");
+    fs::write(b.path("back/.envelopefs/keyring.b"), &old).unwrap();
+    let o = b.run("rotate back --shard 2/2");
+    assert!(o.status.success() && b.masked(&o.stderr).contains("keyring.b is not the keyring in force"), "{o:?}");
+    let [x, y] = copies();
+    assert!(x == y && x != old);
+    b.ok("rotate back --merge");
+}
+
 #[test]
 fn a_read_only_mount_takes_note_of_a_rotation_also_if_nobody_opens_a_file() {
     if !can_mount() {

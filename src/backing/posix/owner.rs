@@ -25,6 +25,8 @@ static PASSING: AtomicU64 = AtomicU64::new(0);
 
 const READ_WRITE: u32 = 0o600;
 const READ_WRITE_SEARCH: u32 = 0o700;
+/// How often the bits are added for one call, if other processes that add and take them away come in between.
+const TRIES: u32 = 4;
 
 /// Held while a mode or an owner is set, so that it can't fall between adding bits and taking them away.
 pub(super) fn setting_mode() -> RwLockReadGuard<'static, ()> {
@@ -53,19 +55,37 @@ pub(super) fn of_dirs<T>(dirs: &[BorrowedFd<'_>], call: impl FnMut() -> io::Resu
 }
 
 fn with_bits<T>(nodes: &[BorrowedFd<'_>], bits: u32, mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    let refused = match call() {
-        Err(e) if e.raw_os_error() == Some(libc::EACCES) => e,
+    let is_refusal = |e: &io::Error| e.raw_os_error() == Some(libc::EACCES);
+    let mut refused = match call() {
+        Err(e) if is_refusal(&e) => e,
         other => return other,
     };
     let _alone = MODES.write();
-    PASSING.fetch_add(1, Ordering::SeqCst);
-    // Declared after the lock, hence dropped before it: the modes are back before anyone may look.
-    let mut added = Added::default();
-    let mut may_help = false;
-    for node in nodes {
-        may_help |= added.add(*node, bits)?;
+    for _ in 0..TRIES {
+        PASSING.fetch_add(1, Ordering::SeqCst);
+        // Declared after the lock, hence dropped before it: the modes are back before anyone may look.
+        let mut added = Added::default();
+        let mut open = Vec::new();
+        for node in nodes {
+            if added.add(*node, bits)? {
+                open.push(*node);
+            }
+        }
+        if open.is_empty() {
+            break;
+        }
+        match call() {
+            // Another process had added them, too, and has taken them away again.
+            Err(e) if is_refusal(&e) && open.iter().any(|n| missing(*n, bits) != Ok(0)) => refused = e,
+            other => return other,
+        }
     }
-    if may_help { call() } else { Err(refused) }
+    Err(refused)
+}
+
+/// What the owner has not of `bits`.
+fn missing(node: BorrowedFd<'_>, bits: u32) -> rustix::io::Result<u32> {
+    Ok(bits & !rustix::fs::fstat(node)?.st_mode)
 }
 
 /// Bits that are to be taken away again.
@@ -143,5 +163,32 @@ mod tests {
             Err(io::Error::from_raw_os_error(libc::EACCES))
         });
         assert_eq!((n, r.unwrap_err().raw_os_error()), (2, Some(libc::EACCES)), "once more, and no more");
+    }
+
+    /// Both had added them, or one had found the other's; and the other one was ready first.
+    #[test]
+    fn bits_that_another_process_has_taken_away_meanwhile_are_added_again() {
+        let file = tempfile::tempfile().unwrap();
+        let mode = || rustix::fs::fstat(&file).unwrap().st_mode & 0o777;
+        let refused = || Err(io::Error::from_raw_os_error(libc::EACCES));
+        for found in [0o200, 0o600] {
+            chmod(file.as_fd(), 0o200).unwrap();
+            let mut n = 0;
+            let r = of_file(file.as_fd(), || {
+                n += 1;
+                match n {
+                    1 => chmod(file.as_fd(), found).and_then(|()| refused()),
+                    2 => chmod(file.as_fd(), 0o200).and_then(|()| refused()),
+                    _ => Ok(mode()),
+                }
+            });
+            assert_eq!((r.unwrap(), n, mode()), (0o600, 3, 0o200));
+        }
+        let mut n = 0;
+        let r = of_file(file.as_fd(), || {
+            n += 1;
+            chmod(file.as_fd(), 0o200).and_then(|()| refused())
+        });
+        assert_eq!((r.unwrap_err().raw_os_error(), n, mode()), (Some(libc::EACCES), 1 + TRIES, 0o200));
     }
 }

@@ -709,7 +709,7 @@ class File:
             newer, older = self._copies(segment)
             if newer is None and not self.sparse:
                 raise Damage("state-absent", f"segment {segment}")
-            self.doubtful = self.clean and self.lost
+            self.doubtful = self.lost
             self.segments = {segment: (newer, None if self.clean else older)}
         return self.segments[segment]
 

@@ -260,7 +260,7 @@ impl<B: Backing> Checker<'_, B> {
             }
             let old = copies.older.as_ref().map_or(Entry::HOLE, |o| o.entry(i));
             // As when it is read: a hole is believed only if the copy that is left cannot be out of date.
-            let doubtful = copies.one_is_lost && c.sealed.has(CLEAN) && copies.newer.entry(i).is_hole();
+            let doubtful = copies.one_is_lost && copies.newer.entry(i).is_hole();
             let newer = if doubtful && !self.is_zero(file, block, len)? { Entry::LOST } else { copies.newer.entry(i) };
             if !self.block_opens(file, c, block, len, newer, old)? {
                 let d = Damage::BlockAuth { block };

@@ -188,6 +188,9 @@ impl<B: Backing> FileCore<B> {
             Verdict::Unclean => self.set_recovering(true),
             Verdict::Truncating => {
                 self.set_recovering(true);
+                if one_is_lost {
+                    self.distrust_holes(inner, 0, &mut loaded)?;
+                }
                 return self.finish_shrink(inner, keys, sealed.length, access, loaded, older);
             }
         }

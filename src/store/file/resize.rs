@@ -110,19 +110,20 @@ impl<B: Backing> OpenFile<B> {
         }
         let synced = {
             let inner = self.read_lock()?;
+            let sequence = core.first_sequence(&inner);
             let r = core.barrier(&inner);
             self.tell(r)?;
-            (inner.size, inner.changes)
+            (inner.size, inner.changes, sequence)
         };
         let mut inner = core.inner.write();
         let Some(keys) = inner.keys.clone() else { return Ok(()) };
         inner.promised = true;
-        let (size, changes) = synced;
+        let (size, changes, sequence) = synced;
         // What changed between the two locks is not covered and keeps its marks.
         if inner.changes == changes {
             inner.resized = false;
             inner.unclean_durable = !inner.clean;
-            let r = core.raise_sealed_length(&inner, &keys, size);
+            let r = core.raise_sealed_length(&inner, &keys, size, sequence);
             core.after_change(&mut inner, r)?;
         }
         Ok(())
@@ -130,19 +131,39 @@ impl<B: Backing> OpenFile<B> {
 }
 
 impl<B: Backing> FileCore<B> {
-    /// After a barrier: seals the length that is durable now, so that losing acknowledged bytes shows. Not before it: a
-    /// sealed length that survives a power cut which the size does not would disown the whole file.
-    fn raise_sealed_length(&self, inner: &Inner<B>, keys: &FileKeys, durable: u64) -> Result<()> {
-        if inner.clean || inner.cut_pending || inner.access != Access::ReadWrite {
+    /// Sequence of segment 0's state: a barrier that begins now makes it durable, and the data it speaks for.
+    fn first_sequence(&self, inner: &Inner<B>) -> Option<u64> {
+        let keys = inner.keys.as_deref()?;
+        self.with_segment(inner, keys, 0, |l| Ok(l.state.sequence)).ok()
+    }
+
+    /// After a barrier: seals the length that is `durable` now, so that losing acknowledged bytes shows. Not before it, nor
+    /// after one that proves nothing: a sealed length that survives a power cut which the size does not would disown the
+    /// whole file. Nor if segment 0 was written since the barrier began, when its state was `sequence`: this would go over
+    /// the copy that is durable. The next fsync does it then.
+    fn raise_sealed_length(
+        &self,
+        inner: &Inner<B>,
+        keys: &FileKeys,
+        durable: u64,
+        sequence: Option<u64>,
+    ) -> Result<()> {
+        if inner.clean || inner.cut_pending || inner.access != Access::ReadWrite || self.lost_a_barrier() {
             return Ok(());
         }
-        let sealed = self.with_segment(inner, keys, 0, |l| Ok(l.state.file.length))?;
-        if sealed >= durable {
+        let is_due = |l: &Loaded| l.state.file.length < durable && Some(l.state.sequence) == sequence;
+        if !self.with_segment(inner, keys, 0, |l| Ok(is_due(l)))? {
             return Ok(());
         }
         let _times = self.shared.inode_locks.exclusive(inner.dev, inner.ino);
         self.keeping_times(inner, |_| {
             self.with_segment_mut(inner, keys, 0, |l| {
+                if !is_due(l) {
+                    // What a crash left had to be settled first.
+                    return Ok(());
+                }
+                // This copy is durable, whichever was before.
+                l.spare = false;
                 l.state.file.length = durable;
                 self.store_segment(inner, keys, 0, l)?;
                 l.spare = true;
@@ -328,7 +349,9 @@ impl<B: Backing> FileCore<B> {
             let mut data = [0u8; BLOCK];
             let data = &mut data[..geometry::block_len(block, len)];
             let shorter = data.len() < geometry::block_len(block, inner.size);
-            let reseal = !done && shorter && !l.state.entry(index).is_hole();
+            // One that is lost is so at any length.
+            let is_there = !l.state.entry(index).is_hole() && l.state.entry(index) != Entry::LOST;
+            let reseal = !done && shorter && is_there;
             if reseal {
                 self.read_blocks_of_old(inner, keys, l, block, data)?;
                 let r = SegmentRange { segment, first: block, end: block + 1 };

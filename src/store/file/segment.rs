@@ -19,8 +19,8 @@ pub(super) struct Loaded {
     pub state: SegmentState,
     /// The copy that holds `state`; the next version goes over the other one, but if `spare` says so.
     pub newest: Copy2,
-    /// The other copy has the same entries and was made durable after they were, so that the next version goes over this
-    /// one: a power cut that tears both pages would else take what was acknowledged.
+    /// The other copy has the same entries, and a barrier has made it durable: the next version goes over this one, for a
+    /// power cut that tears both would else take what was acknowledged.
     pub spare: bool,
     /// `state` differs from the disk: what a crash left was settled in memory only.
     pub unsaved: bool,
@@ -184,15 +184,24 @@ impl<B: Backing> FileCore<B> {
         }
     }
 
-    /// Deals with a state whose other copy is lost. After a crash that is a write cut short, and the next writer makes
-    /// the pair whole. In a settled file the lost copy may have been the newer one: a hole must then have nothing on
-    /// disk, or the block counts as damaged, so that its loss is never taken for zeros.
+    /// Deals with a state whose other copy is lost, and may have been the newer one: in a settled file by tampering or a bad
+    /// disk, else by a write that was cut short, or by a power cut that tore it and kept the other copy from an earlier
+    /// barrier. A hole must then have nothing on disk, or the block counts as damaged, so that its loss is never taken for
+    /// zeros. The next writer makes the pair whole.
+    ///
+    /// A killed process leaves no hole with anything on disk beside a torn copy: that a block is one is on disk before its
+    /// bytes go, and its bytes go before the next state is written.
     pub(super) fn doubt(&self, inner: &Inner<B>, keys: &FileKeys, segment: u64, loaded: &mut Loaded) -> Result<()> {
         if self.is_recovering() {
             loaded.unsaved = true;
-            return Ok(());
+        } else {
+            tracing::warn!(file = %keys.file, segment, "one copy of the segment's state is lost; using the other");
         }
-        tracing::warn!(file = %keys.file, segment, "one copy of the segment's state is lost; using the other");
+        self.distrust_holes(inner, segment, loaded)
+    }
+
+    /// Counts those holes as damaged that have something on disk.
+    pub(super) fn distrust_holes(&self, inner: &Inner<B>, segment: u64, loaded: &mut Loaded) -> Result<()> {
         let first = geometry::first_block(segment);
         for i in 0..geometry::segment_capacity(segment) {
             if !loaded.state.entry(i).is_hole() {

@@ -4,7 +4,7 @@
 mod faults;
 
 use super::*;
-use crate::backing::sim::{PowerCut, SimDisk, SimOptions};
+use crate::backing::sim::{Moment, Op as SimOp, PowerCut, SimDisk, SimOptions};
 use crate::crypto::random;
 use crate::crypto::secret::Secret32;
 use crate::format::geometry::{self, PAGE};
@@ -414,6 +414,133 @@ fn what_was_synced_survives_a_torn_page_if_one_write_or_a_close_came_since() {
             assert!(read.is_ok() && got == want, "seed {seed} {since:?}: {read:?}");
         }
     }
+}
+
+/// After several writes since the last fsync a power cut may tear both copies of the state, or leave one from before that
+/// fsync beside a torn one. What was acknowledged is then an error; as an older state's hole it was zeros.
+#[test]
+fn what_was_synced_never_reads_as_zeros_after_a_torn_page() {
+    let (mut damaged, mut whole) = (0, 0);
+    for seed in 0..40u64 {
+        let disk = new_disk();
+        let mut rig = Rig::new(&disk).unwrap();
+        let synced = seed % 3 + 1;
+        let first = Op::Write { at: 0, len: (synced * PAGE) as usize, fill: 1 };
+        let mut want = Vec::new();
+        model(&mut want, &first);
+        rig.run(&first).unwrap();
+        rig.run(&Op::Sync).unwrap();
+        for n in 0..2 + seed % 4 {
+            rig.run(&Op::Write { at: (synced + n) * PAGE, len: 4096, fill: 9 }).unwrap();
+        }
+        for cut in 0..100 {
+            let cut = disk.crash_power(1000 * seed + cut, PowerCut::Reorder { tear: true });
+            let Ok(open) = core_of(&open_shared(&cut, seed % 2 == 0)).open(Access::Read) else { continue };
+            for block in 0..synced {
+                let (mut got, at) = ([0u8; 4096], (block * PAGE) as usize);
+                match open.read(at as u64, &mut got) {
+                    Ok(_) => assert!(got[..] == want[at..at + 4096], "seed {seed} block {block}: other bytes"),
+                    Err(e) => assert_eq!(e.code(), "block-auth", "seed {seed} block {block}"),
+                }
+                let seen = if got[..] == want[at..at + 4096] { &mut whole } else { &mut damaged };
+                *seen += 1;
+            }
+        }
+    }
+    assert!(damaged > 0 && whole > 0, "{damaged}, {whole}");
+}
+
+/// The same where a shrink is to be finished, onto a block that is lost, or before one.
+#[test]
+fn a_hole_that_a_lost_copy_leaves_open_is_damage_also_while_a_shrink_is_finished() {
+    let mut finished = 0;
+    for (len, stop, copy) in
+        [PAGE + 100, 2 * PAGE].into_iter().flat_map(|l| (0..9).flat_map(move |n| [(l, n, 0), (l, n, 1)]))
+    {
+        let disk = new_disk();
+        let mut rig = Rig::new(&disk).unwrap();
+        for block in [0, 2] {
+            rig.run(&Op::Write { at: block * PAGE, len: 4096, fill: 1 }).unwrap();
+        }
+        rig.run(&Op::Sync).unwrap();
+        disk.stop_after(disk.operations() + stop);
+        let _stopped = rig.run(&Op::SetLen(len));
+        let left = disk.crash_process();
+        let copy_at = geometry::state_offset(0, if copy == 0 { geometry::Copy2::A } else { geometry::Copy2::B });
+        left.flip_bit("f", copy_at + 100, 1).unwrap();
+        left.write_raw("f", geometry::block_offset(1), &[5; 50]).unwrap();
+        for read_only in [true, false] {
+            let open = match core_of(&open_shared(&left, read_only)).open(Access::Read) {
+                Ok(open) => open,
+                // The copy that was damaged is the one that knew of the shrink.
+                Err(e) => {
+                    assert_eq!(e.code(), "size-short", "{len} {stop} {copy}");
+                    continue;
+                }
+            };
+            finished += u64::from(open.len() == len && stop < 5);
+            let read = open.read(PAGE, &mut [0; 50]);
+            assert!(matches!(&read, Err(e) if e.code() == "block-auth"), "{len} {stop} {copy} {read_only}: {read:?}");
+            assert_eq!(open.read(0, &mut [0; 4096]).unwrap(), 4096);
+        }
+    }
+    assert!(finished > 0);
+}
+
+/// Does `f` once, when a barrier is done and fsync does not know yet.
+fn once_synced(disk: &SimDisk, f: impl Fn() + Send + Sync + 'static) {
+    let done = std::sync::atomic::AtomicBool::new(false);
+    disk.set_hook(Some(Arc::new(move |m| {
+        if m == Moment::Synced(SimOp::SyncFile) && !done.swap(true, Ordering::SeqCst) {
+            f();
+        }
+    })));
+}
+
+/// A write that came between the barrier and the state that raises the sealed length left no copy of the state durable.
+#[test]
+fn what_was_synced_survives_a_torn_page_if_a_write_came_while_it_was_synced() {
+    for seed in 0..8u64 {
+        let disk = new_disk();
+        let mut rig = Rig::new(&disk).unwrap();
+        let first = Op::Write { at: 0, len: 3 * PAGE as usize, fill: 1 };
+        let mut want = Vec::new();
+        model(&mut want, &first);
+        rig.run(&first).unwrap();
+        let other = rig.core.open(Access::ReadWrite).unwrap();
+        once_synced(&disk, move || assert_eq!(other.write(2 * PAGE, &[7; 4096]).unwrap(), 4096));
+        rig.run(&Op::Sync).unwrap();
+        disk.set_hook(None);
+        for cut in 0..200 {
+            let cut = disk.crash_power(1000 * seed + cut, PowerCut::Reorder { tear: true });
+            let mut got = vec![0; 2 * PAGE as usize];
+            let read = core_of(&open_shared(&cut, false)).open(Access::Read).and_then(|f| f.read(0, &mut got));
+            assert!(read.is_ok() && got == want[..got.len()], "seed {seed}: {read:?}");
+        }
+        // The next fsync raises it.
+        let sealed = || {
+            let (inner, keys) = (rig.core.inner.read(), rig.core.inner.read().keys.clone().unwrap());
+            rig.core.with_segment(&inner, &keys, 0, |l| Ok(l.state.file.length)).unwrap()
+        };
+        assert_eq!(sealed(), 0);
+        rig.open().sync().unwrap();
+        assert_eq!(sealed(), 3 * PAGE);
+    }
+}
+
+/// After a barrier that failed, one that succeeds proves nothing of the size: sealed all the same, a length that a power cut
+/// took back disowned the whole file.
+#[test]
+fn a_barrier_that_proves_nothing_seals_no_length() {
+    let disk = new_disk();
+    let mut rig = Rig::new(&disk).unwrap();
+    rig.run(&Op::Write { at: 0, len: 9000, fill: 1 }).unwrap();
+    disk.fail_next(Some(SimOp::SyncFile), 0, libc::EIO);
+    rig.run(&Op::Sync).unwrap_err();
+    rig.run(&Op::Sync).unwrap();
+    let keys = rig.core.inner.read().keys.clone().unwrap();
+    let sealed = rig.core.with_segment(&rig.core.inner.read(), &keys, 0, |l| Ok(l.state.file.length)).unwrap();
+    assert_eq!(sealed, 0);
 }
 
 #[test]

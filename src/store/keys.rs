@@ -242,7 +242,7 @@ impl Keys {
         let (mut first_error, mut newer) = (None, Vec::new());
         for d in candidates {
             match roots::unlock(&d, root) {
-                // The newer copy is genuine, and these root keys are none of its any more.
+                // The newer copy is genuine, and these root keys are none of its any more, or do not open it now.
                 Ok((secret, ..)) if newer.iter().any(|n| roots::is_authentic(&secret, n)) => break,
                 Ok((secret, c, passed_over)) => {
                     report(&damaged);
@@ -257,7 +257,8 @@ impl Keys {
                     damaged.push(("a keyring copy", e.clone()));
                     first_error = first_error.or(Some(StoreError::Damage(e)));
                 }
-                Err(e @ StoreError::WrongKey(_)) => {
+                // Whether that copy is genuine, the other one's store secret tells: if that is opened at all.
+                Err(e @ (StoreError::WrongKey(_) | StoreError::Kms(_))) => {
                     first_error = first_error.or(Some(e));
                     newer.push(d);
                 }

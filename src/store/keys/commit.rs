@@ -153,7 +153,11 @@ impl Keys {
 }
 
 /// Puts `before` back in the place of copy `name`, if what could not be written there for certain can be seen there, or
-/// might be. The other copy, which is in force then, is not touched.
+/// might be. The other copy is not touched.
+///
+/// # Errors
+/// The backing directory's; and why it could not be read, if it is not known for that what lay there: it may be the only
+/// copy of the keyring in force.
 fn take_back<B: Backing>(
     b: &B,
     folder: &B::Node,
@@ -165,6 +169,7 @@ fn take_back<B: Backing>(
         (Err(e), _) if disk::is_absent(&e) => Ok(()),
         (Ok(there), _) if there.as_deref() != Some(written) => Ok(()),
         (_, Ok(Some(old))) => disk::replace(b, folder, name, &old, |_| Ok(())),
+        (_, Err(e)) if !disk::is_absent(&e) => Err(e.into()),
         // There was nothing, or nothing that was any good.
         (_, Ok(None) | Err(_)) => {
             b.unlink(folder, name.as_bytes())?;

@@ -91,7 +91,7 @@ impl Keys {
     /// # Errors
     /// [`Damage`] of `bytes`; [`StoreError::WrongKey`] and [`StoreError::Kms`] as [`Keys::open`]; [`StoreError::KeyState`]
     /// if it is not this store's, or the present keyring must not be replaced without `force`; the backing directory's;
-    /// `forget`'s.
+    /// `forget`'s; [`StoreError::CopyLeft`] if a copy that another key made could not be replaced.
     pub fn import<B: Backing>(
         b: &B,
         bytes: &[u8],
@@ -139,6 +139,10 @@ impl Keys {
         }
         let proofs: [Proof<'_>; 1] = [(first, roots::Object::Secret, keys.secret.secret())];
         keys.adopt(b, ring, &proofs)?;
+        if there.iter().any(|f| matches!(f, Found::Valid(d) if !roots::is_authentic(&keys.secret, d))) {
+            // A root key may open that one as well, and its generation may be the higher one.
+            keys.settle(b, "the keyring is put back")?;
+        }
         Ok(Imported { keys, generation, kept })
     }
 

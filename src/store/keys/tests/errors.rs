@@ -1,7 +1,7 @@
 //! I/O errors while the keyring is changed, and the process lives on: what it has in memory is what lies on disk.
 
 use super::*;
-use crate::backing::sim::Op;
+use crate::backing::sim::{Moment, Op};
 
 /// How an operation of the disk fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -253,4 +253,65 @@ fn a_floor_and_a_quorum_that_an_old_copy_does_not_know_are_set_again_until_it_do
         assert_eq!(keys.snapshot().generation, generation, "nothing is written for nothing");
     }
     assert_eq!((keys.snapshot().life.floor, keys.snapshot().life.quorum), (Some(active_id(&keys)), 2));
+}
+
+/// While nothing could be read, what was taken back was the newest copy itself: it was removed, and the next open found an
+/// older keyring, without the active KEK.
+#[test]
+fn a_copy_that_cannot_be_read_for_a_while_is_not_taken_away() {
+    let (disk, a, keys) = fresh();
+    let old = active_id(&keys);
+    let new = keys.stage(&disk, KekKind::Sealed, &[]).unwrap();
+    second_copy_fails(&disk);
+    keys.activate(&disk, new).unwrap();
+    disk.clear_faults();
+    let before = raw(&disk);
+    disk.fail_from(Some(Op::Read), 0, libc::EIO);
+    disk.fail_from(Some(Op::Create), 0, libc::EIO);
+    let failed = keys.retire(&disk, old);
+    assert!(matches!(failed, Err(StoreError::Backing(_))), "{failed:?}");
+    disk.clear_faults();
+    assert_eq!(raw(&disk), before);
+    assert_eq!(active_id(&open(&disk, &[&a]).unwrap()), new);
+    // Nor if the first thing that can be read again is what is to be taken back.
+    let reads = std::sync::atomic::AtomicU64::new(0);
+    let flaky = disk.clone();
+    disk.fail_from(Some(Op::Read), 0, libc::EIO);
+    disk.fail_next_late(Some(Op::SyncDir), 0, libc::EIO);
+    disk.set_hook(Some(Arc::new(move |m| {
+        if m == Moment::Before(Op::Write) && reads.fetch_add(1, Ordering::SeqCst) == 0 {
+            flaky.clear_faults();
+            flaky.fail_next_late(Some(Op::SyncDir), 0, libc::EIO);
+        }
+    })));
+    let failed = keys.retire(&disk, old);
+    disk.set_hook(None);
+    disk.clear_faults();
+    assert!(matches!(failed, Err(StoreError::Backing(_))), "{failed:?}");
+    assert_eq!(active_id(&open(&disk, &[&a]).unwrap()), new);
+    assert!(keys.mend_copies(&disk).unwrap());
+    assert!(agree(&keys, &open(&disk, &[&a]).unwrap()));
+    let [x, y] = raw(&disk);
+    assert_eq!(x, y);
+}
+
+/// A made-up copy had the service give an error, and that was the end of it.
+#[test]
+fn a_forged_copy_whose_wraps_a_service_refuses_keeps_nobody_out_and_a_genuine_one_does() {
+    let (disk, a, keys) = fresh();
+    let denied = || Behaviour::Fail(KmsError::Denied("d".into()));
+    let before = raw(&disk)[1].clone();
+    let mut forged = keys.snapshot();
+    forged.generation = 99;
+    disk.replace_raw(".envelopefs/keyring.b", &forged.encode(|_| [7; 32]).unwrap()).unwrap();
+    a.then(Call::Unwrap, denied());
+    assert!(agree(&open(&disk, &[&a]).unwrap(), &keys));
+    // A change that is genuine counts, also while its wraps are refused.
+    disk.replace_raw(".envelopefs/keyring.b", &before).unwrap();
+    keys.stage(&disk, KekKind::Sealed, &[]).unwrap();
+    disk.replace_raw(".envelopefs/keyring.a", &before).unwrap();
+    a.then(Call::Unwrap, denied());
+    let refused = open(&disk, &[&a]);
+    assert!(matches!(refused, Err(StoreError::Kms(KmsError::Denied(_)))), "{refused:?}");
+    assert!(agree(&open(&disk, &[&a]).unwrap(), &keys));
 }

@@ -405,3 +405,28 @@ fn an_import_over_a_lost_keyring_can_be_cut_off_anywhere_and_done_again() {
         });
     }
 }
+
+/// A root key may open both, and the one of the higher generation is in force then.
+#[test]
+fn an_import_over_another_stores_keyring_is_not_done_while_a_copy_of_that_is_left() {
+    let (disk, s) = encrypted();
+    let ours = Keys::export(&disk).unwrap().bytes;
+    let other = SimDisk::default();
+    let keys = make(&other, &[&s]);
+    rotate(&other, &keys);
+    let foreign = raw(&other)[0].clone();
+    COPIES.iter().for_each(|c| disk.replace_raw(format!(".envelopefs/{c}"), &foreign).unwrap());
+    // Both are kept, the first copy is replaced, the second is not.
+    disk.fail_from(Some(crate::backing::sim::Op::Rename), 3, libc::EIO);
+    let left = import(&disk, &ours, &[&s], true).map(|_| ());
+    assert!(
+        matches!(&left, Err(StoreError::CopyLeft(why)) if why.starts_with("the keyring is put back, but")),
+        "{left:?}"
+    );
+    assert_eq!(open(&disk, &[&s]).unwrap().store_id(), keys.store_id());
+    disk.clear_faults();
+    import(&disk, &ours, &[&s], true).unwrap();
+    assert!(is_readable(&disk, &s));
+    let [a, b] = raw(&disk);
+    assert_eq!(a, b);
+}

@@ -118,6 +118,7 @@ impl Work<'_> {
             target.take(self.place, Staged::Resume(active.id))?;
         }
         let done = store.run(shard, &self.options, &Shown(self.meter), self.control);
+        root_keys::tell_of_copy(store.keys());
         done.map(|(report, sealed)| (report, Some(sealed))).map_err(|e| self.fail(&e))
     }
 
@@ -156,9 +157,7 @@ pub fn merge(a: &RotateArgs, files: &[PathBuf], place: &Place) -> Result<(), Fau
     let (b, keys) = open_keys(a, place, &config, &observed)?;
     let store = SharedStore::new(b, keys);
     let merged = reports(&store, given, place).and_then(|r| store.merge(&r).map_err(|e| fail(&e)));
-    if merged.is_ok() {
-        root_keys::tell_of_copy(store.keys());
-    }
+    root_keys::tell_of_copy(store.keys());
     observed.end();
     let (report, sealed) = merged?;
     finish(&report, Some(&sealed), file, a)

@@ -94,7 +94,6 @@ impl Work<'_> {
             options.staged = Some(staged);
         }
         let begun = store.begin(&options, &Shown(self.meter), self.control).map_err(|e| self.fail(&e))?;
-        root_keys::tell_of_copy(store.keys());
         Ok((store, Some(begun)))
     }
 

@@ -57,6 +57,7 @@ use parking_lot::{Mutex, RwLock};
 use roots::{Connected, Object, Opened};
 use std::collections::HashSet;
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -94,6 +95,8 @@ pub struct Keys {
     gate: Arc<Gate>,
     /// A copy on disk that is not the keyring in force, as far as is known.
     left: Mutex<Option<Left>>,
+    /// The highest generation that may lie on disk although it is not in force here; 0: none.
+    not_taken_back: AtomicU64,
     damaged: Vec<BadCopy>,
     passed_over: Vec<PassedOver>,
     /// Who is told what becomes of keys.
@@ -300,6 +303,7 @@ impl Keys {
             uses: Mutex::default(),
             gate,
             left: Mutex::default(),
+            not_taken_back: AtomicU64::default(),
             damaged: Vec::new(),
             passed_over: Vec::new(),
             observer: OnceLock::new(),

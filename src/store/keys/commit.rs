@@ -10,11 +10,12 @@
 //! stays at the one before, with which nothing can be lost: what is wrapped under a KEK that was active before opens
 //! under both, while under one that may turn out to be pending it would not.
 
-use super::{COPIES, Keys, Phase, Proof, disk, encode, prove, roots};
+use super::{COPIES, Keys, Phase, Proof, disk, encode, prove, refuse, roots};
 use crate::backing::Backing;
 use crate::format::keyring::Keyring;
 use crate::store::{Result, StoreError};
 use std::io;
+use std::sync::atomic::Ordering;
 
 /// A copy on disk that is not known to be the keyring in force.
 #[derive(Debug, Clone)]
@@ -46,7 +47,8 @@ impl Keys {
     /// [`Keys::settle`].
     ///
     /// # Errors
-    /// A proof's, the backing directory's: the keyring before is in force.
+    /// A proof's, the backing directory's: the keyring before is in force. [`StoreError::KeyState`] if there is a newer one on
+    /// disk: it could not be read when this was opened, or somebody changed it whom no lock kept out.
     pub(super) fn adopt<B: Backing>(&self, b: &B, mut ring: Keyring, proofs: &[Proof<'_>]) -> Result<()> {
         let folder = disk::folder(b)?;
         let on_disk = disk::load(b, &folder).map(|f| match f {
@@ -54,7 +56,15 @@ impl Keys {
             _ => None,
         });
         // What could not be taken back may have left a higher generation than the one in force here.
-        let highest = on_disk.iter().flatten().copied().fold(ring.generation, u64::max);
+        let known = ring.generation.max(self.not_taken_back.load(Ordering::Acquire));
+        let highest = on_disk.iter().flatten().copied().fold(known, u64::max);
+        if highest > known {
+            return refuse(format!(
+                "the keyring on disk is of generation {highest}, and newer than the one that was opened, {}: open the store \
+                 again",
+                ring.generation
+            ));
+        }
         ring.generation = highest.checked_add(1).ok_or_else(|| StoreError::KeyState("no generation is left".into()))?;
         let bytes = encode(&ring, &self.secret)?;
         let [a, z] = COPIES;
@@ -67,6 +77,7 @@ impl Keys {
                     "a change of the keyring failed and could not be taken back: the store may open with it"
                 );
                 *self.left.lock() = Some(Left::new(first, why));
+                self.not_taken_back.fetch_max(ring.generation, Ordering::AcqRel);
             }
             return Err(e);
         }
@@ -96,13 +107,14 @@ impl Keys {
     /// replace a copy that is left. The caller holds `update`.
     ///
     /// # Errors
-    /// [`StoreError::CopyLeft`] with `done`, which is what the change has done.
+    /// [`StoreError::CopyLeft`] with `done`, which is what the change has done; [`StoreError::KeyState`] as [`Keys::adopt`].
     pub(super) fn settle<B: Backing>(&self, b: &B, done: &str) -> Result<()> {
         let Some(before) = self.left.lock().clone() else { return Ok(()) };
         let again = self.to_change().and_then(|ring| self.adopt(b, ring, &[]));
         let left = self.left.lock().clone();
         match (again, left) {
             (Ok(()), None) => Ok(()),
+            (Err(e @ StoreError::KeyState(_)), _) => Err(e),
             (_, left) => {
                 let left = left.unwrap_or(before);
                 Err(StoreError::CopyLeft(format!("{done}, but {left}; mend that and do it again")))

@@ -19,6 +19,7 @@ use crate::store::walk::{Visit, Walk};
 use crate::store::{Result, StoreError, dir};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Files looked at for the store's id when nothing else tells whose they are.
 const FILES_MAX: usize = 10_000;
@@ -131,6 +132,7 @@ impl Keys {
         }
         if let Some(present) = keys.in_force(&there) {
             hold_on(&mut ring, &present.life);
+            keys.not_taken_back.store(present.generation, Ordering::Release);
         }
         forget(b)?;
         let mut kept = Vec::new();

@@ -315,3 +315,30 @@ fn a_forged_copy_whose_wraps_a_service_refuses_keeps_nobody_out_and_a_genuine_on
     assert!(matches!(refused, Err(StoreError::Kms(KmsError::Denied(_)))), "{refused:?}");
     assert!(agree(&open(&disk, &[&a]).unwrap(), &keys));
 }
+
+/// Opened by the older copy while the newer one could not be read for a moment, the store had the older one written over
+/// it, and with that the active KEK was one that the next rotation discards.
+#[test]
+fn a_newer_keyring_that_could_not_be_read_when_the_store_was_opened_is_not_written_over() {
+    let (disk, a, keys) = fresh();
+    let new = keys.stage(&disk, KekKind::Sealed, &[]).unwrap();
+    second_copy_fails(&disk);
+    keys.activate(&disk, new).unwrap();
+    disk.clear_faults();
+    let before = raw(&disk);
+    disk.replace_raw(".envelopefs/keyring.b", b"unreadable").unwrap();
+    let older = open(&disk, &[&a]).unwrap();
+    assert!(older.copy_is_left() && active_id(&older) != new);
+    disk.replace_raw(".envelopefs/keyring.b", &before[1]).unwrap();
+    let refused = |r: Result<()>| match r {
+        Err(StoreError::KeyState(why) | StoreError::CopyLeft(why)) => {
+            assert!(why.contains("open the store again"), "{why}")
+        }
+        other => panic!("{other:?}"),
+    };
+    refused(older.mend_copies(&disk).map(drop));
+    refused(older.discard_pending(&disk, new));
+    assert_eq!(raw(&disk), before);
+    assert_eq!(active_id(&open(&disk, &[&a]).unwrap()), new);
+    assert!(keys.mend_copies(&disk).unwrap());
+}

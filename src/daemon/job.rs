@@ -304,11 +304,6 @@ impl Job {
     /// # Errors
     /// That the client has gone away.
     pub(super) fn watch<K: Run>(&self, number: u64, client: &mut Client) -> io::Result<()> {
-        let leave = |e: io::Error| {
-            tracing::info!("the client that started the {} has gone: cancelling it", K::NAME);
-            let _ = self.steer::<K>(Control::cancel);
-            Err(e)
-        };
         let mut told: Option<K::Status> = None;
         loop {
             let mut inner = self.inner.lock();
@@ -326,14 +321,23 @@ impl Job {
                 return client.send(&K::ended(state));
             }
             if client.is_gone() {
-                return leave(io::ErrorKind::BrokenPipe.into());
+                self.leave::<K>(number);
+                return Err(io::ErrorKind::BrokenPipe.into());
             }
             if let Some(s) = state.status.filter(|s| told.as_ref() != Some(s)) {
-                if let Err(e) = client.send(&K::progress(s.clone())) {
-                    return leave(e);
-                }
+                client.send(&K::progress(s.clone())).inspect_err(|_| self.leave::<K>(number))?;
                 told = Some(s);
             }
+        }
+    }
+
+    /// The client that waits for the run `number` of a kind has gone. If another one has begun since, that goes on.
+    fn leave<K: Run>(&self, number: u64) {
+        let mut inner = self.inner.lock();
+        let is_last = K::last(&mut inner).number == number;
+        if let Some(w) = inner.work.as_ref().filter(|w| is_last && w.what == K::WHAT) {
+            tracing::info!("the client that started the {} has gone: cancelling it", K::NAME);
+            w.control.cancel();
         }
     }
 }
@@ -532,6 +536,27 @@ mod tests {
         job.start::<Rotation>(|_, _| Err(cancelled())).unwrap();
         job.stop();
         assert!(job.state::<Rotation>().is_some() && job.state::<Rekey>().is_some());
+    }
+
+    /// A run that ended just when its client went away let the next one be cancelled in its place.
+    #[test]
+    fn a_client_that_goes_away_ends_its_own_run_only() {
+        let job = Arc::new(Job::default());
+        let ended = |_: &dyn Progress<RekeyStatus>, c: &Control| {
+            let _ = c.wait(Duration::from_secs(600));
+            Err(Fault::new(FaultKind::RekeyIncomplete, "cancelled"))
+        };
+        let first = job.start::<Rekey>(|_, _| Err(cancelled())).unwrap();
+        while job.state::<Rekey>().unwrap().running {
+            std::thread::yield_now();
+        }
+        let second = job.start::<Rekey>(ended).unwrap();
+        job.leave::<Rekey>(first);
+        job.leave::<Rotation>(second);
+        job.steer::<Rekey>(|c| assert_eq!(c.check(), Ok(()))).unwrap();
+        job.leave::<Rekey>(second);
+        job.stop();
+        assert_eq!(job.state::<Rekey>().unwrap().fault.unwrap().message, "cancelled");
     }
 
     #[test]

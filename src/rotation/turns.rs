@@ -50,7 +50,10 @@ impl<'a> Turns<'a> {
 
     /// The same for something that counts for `units` of what the rate is a limit of.
     pub(super) fn next_of(&self, units: u32, can_wait: bool) -> Result<(), Cancelled> {
-        self.control.checkpoint()?;
+        self.control.check()?;
+        if self.control.is_paused() {
+            self.idle(Duration::ZERO)?;
+        }
         let now = Instant::now();
         let paced = self.pace.as_ref().map_or(Duration::ZERO, |p| p.lock().grant(units, now));
         if !can_wait {

@@ -35,12 +35,20 @@ fn whose(name: &[u8]) -> Option<(FileId, u64)> {
     Some((id.parse().ok()?, ino.parse().ok()?))
 }
 
+/// Says that names may be missing for want of a directory.
+fn missed(e: &StoreError) {
+    if !matches!(e, StoreError::NotFound | StoreError::Damage(_)) {
+        tracing::warn!("a directory is passed over in the search for names of a file with several: {e}");
+    }
+}
+
 impl<B: Backing> Store<B> {
     /// Walks the store and collects the names of these inodes, as they are now; what changes during the walk may be
-    /// missed, which [`Store::rekey_all`] notices. `step` may end it.
+    /// missed, which [`Store::rekey_all`] notices, and so is what lies in directories that cannot be listed. `step` may end
+    /// it.
     ///
     /// # Errors
-    /// The backing directory's, those of `step`. Directories whose names cannot be read are passed over.
+    /// Those of `step`.
     pub fn names_of(&self, wanted: &[InodeKey], step: &dyn Fn(u64) -> Result<()>) -> Result<Names<B>> {
         let mut found: Names<B> = wanted.iter().map(|k| (*k, Vec::new())).collect();
         let mut todo = vec![self.root()];
@@ -48,15 +56,16 @@ impl<B: Backing> Store<B> {
             step(0)?;
             let entries = match self.read_dir(&dir) {
                 Ok(e) => e,
-                Err(StoreError::NotFound | StoreError::Damage(_)) => continue,
-                Err(e) => return Err(e),
+                Err(e) => {
+                    missed(&e);
+                    continue;
+                }
             };
             for e in entries {
                 match e.kind {
                     Kind::Dir => match self.read_dir_node(&dir, &e) {
                         Ok((n, _)) => todo.push(n),
-                        Err(StoreError::NotFound) => {}
-                        Err(e) => return Err(e),
+                        Err(e) => missed(&e),
                     },
                     Kind::File => {
                         if let Some(names) = found.get_mut(&(dir.key().0, e.ino)) {
@@ -108,7 +117,11 @@ impl<B: Backing> Store<B> {
             let Err(e) = exchange(i) else { continue };
             // An exchange that failed may have been done all the same.
             let is_at = |i: usize, ino: u64| b.stat_at(&dirs[i], &names[i].name).is_ok_and(|st| st.ino == ino);
-            let lead = |i: usize, ino: u64| if is_at(i, ino) { Ok(()) } else { exchange(i) };
+            // A name of which it cannot be told where it leads is not exchanged: that might part it from the others.
+            let lead = |i: usize, ino: u64| match b.stat_at(&dirs[i], &names[i].name)?.ino == ino {
+                true => Ok(()),
+                false => exchange(i),
+            };
             let back = (0..=i).rev().try_for_each(|i| lead(i, ino).or_else(|_| lead(i, ino)));
             if back.is_err() {
                 // Neither forth nor back: forth once more, for what must not be is one file under two inodes.

@@ -29,6 +29,7 @@ use super::node::{Location, Node};
 use super::open::{Store, is, kernel, own_folder};
 use crate::backing::{Access, Backing, Kind, SetTime};
 use crate::format::damage::Damage;
+use crate::format::geometry;
 use crate::format::header::Slot;
 use crate::format::ids::{DirId, FileId, KekId};
 use crate::format::names::STORE_DIR;
@@ -196,19 +197,23 @@ impl<B: Backing> Store<B> {
         let copy = Arc::new(copy);
         let mut unfinished = Unfinished { backing: b, folder, name, keep: false };
         let fresh = Fresh::begin(self.shared(), source, Arc::clone(&copy), file)?;
+        let file = fresh.file()?;
         fresh.copy_all(step)?;
+        let mut durable = geometry::block_count(fresh.len()) <= geometry::first_block(FEW as u64);
         for round in 0..=ROUNDS {
             let gently = round < GENTLE_ROUNDS;
-            if fresh.catch_up(&|bytes| step(if gently { bytes } else { 0 }))? <= FEW {
+            if fresh.catch_up(&|bytes| step(if gently { bytes } else { 0 }))? <= FEW && durable {
                 break;
             }
+            // Of much, that takes long, and what is written meanwhile is copied in the next round, not while users wait.
+            b.sync_inode(&file)?;
+            durable = true;
         }
         // Most of it is made durable, and a header made if all is a hole, while nobody waits.
         fresh.stretch()?;
         fresh.settle()?;
         let before = Attributes::of(b, &*node.fd(b)?)?;
         before.give_to(b, &copy, |x| self.is_ours(x))?;
-        let file = fresh.file()?;
         b.sync_inode(&file)?;
         let proved = self.prove(&file)?;
         step(0)?;

@@ -624,6 +624,31 @@ fn a_writer_is_not_given_way_to_for_ever() {
     assert!(matches!(s.rekey(&name_of(&s, b"f"), &end), Err(StoreError::Invalid)));
 }
 
+/// It takes long to make a large copy durable. What was written meanwhile was copied while everybody waited.
+#[test]
+fn what_is_written_during_the_fsync_of_a_large_copy_is_copied_before_users_wait() {
+    const ALL: usize = 3_000_000;
+    let (disk, s) = new_sim();
+    let (_, f) = make(&s, b"f", &content(ALL, 9));
+    let (f, written) = (Arc::new(f), Arc::new(AtomicBool::new(false)));
+    let (user, once) = (Arc::clone(&f), Arc::clone(&written));
+    let copied = Cell::new(0);
+    let step = |bytes| {
+        copied.set(copied.get() + bytes);
+        Ok(())
+    };
+    disk.set_hook(Some(Arc::new(move |m| {
+        if m == Moment::Before(Op::SyncFile) && !once.swap(true, Ordering::Relaxed) {
+            user.write(0, &content(ALL, 10)).unwrap();
+        }
+    })));
+    assert!(matches!(s.rekey(&name_of(&s, b"f"), &step).unwrap(), Rekeyed::Done { .. }));
+    disk.set_hook(None);
+    assert!(written.load(Ordering::Relaxed));
+    assert_eq!(copied.get(), 2 * ALL as u64, "all of it was told of, so no lock was held");
+    assert!(read(&s, &s.root(), b"f") == content(ALL, 10));
+}
+
 /// A second copy of the same file is refused, and takes nothing from the first.
 #[test]
 fn a_second_rekey_does_not_end_the_notes_of_the_first() {

@@ -132,6 +132,9 @@ fn text(r: &RekeyReport) -> String {
     }
     let done = if r.outcome == RekeyOutcome::DryRun { "dry run: to be rekeyed" } else { "rekeyed" };
     t += &format!("{done}: {} files, {} bytes{}\n", c.rekeyed, c.bytes, besides(c));
+    for path in &r.no_header {
+        t += &format!("no header: {path}; see check\n");
+    }
     for f in &r.failures {
         t += &format!("failed: {}\n", f.in_words());
     }

@@ -3,7 +3,7 @@
 use super::output;
 use super::place::Place;
 use super::rekey::besides;
-use super::rotation_status::{failing, listed, minutes, readable};
+use super::rotation_status::{failing, listed, minutes, readable, without_header};
 use super::status::ask;
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::lock::VolumeLock;
@@ -155,7 +155,7 @@ fn running(s: &RekeyStatus) -> String {
     if let Some(eta) = s.eta {
         t += &format!("left      {}\n", minutes(eta));
     }
-    t + &failing("rekey", &s.failures)
+    t + &without_header(s.counts.no_header, &[]) + &failing("rekey", &s.failures)
 }
 
 fn files(c: &RekeyCounts, expected: Option<u64>) -> String {
@@ -174,7 +174,7 @@ fn files(c: &RekeyCounts, expected: Option<u64>) -> String {
 fn ended(r: &RekeyReport) -> String {
     let mut t = format!("state     {}\n", outcome(r.outcome));
     t += &format!("time      {} to {}\n", rfc3339_seconds(r.started), rfc3339_seconds(r.finished));
-    t + &files(&r.counts, None) + &listed(&r.failures)
+    t + &files(&r.counts, None) + &without_header(r.counts.no_header, &r.no_header) + &listed(&r.failures)
 }
 
 #[cfg(test)]
@@ -191,6 +191,7 @@ mod tests {
             skipped: 1,
             done_before: 2,
             empty: 1,
+            no_header: 2,
             vanished: 0,
             failed: 1,
         }
@@ -219,6 +220,7 @@ mod tests {
              empty\n\
              copied    6000 bytes, 2.6 MB a second\n\
              left      2.0 h\n\
+             no header 2 files with content\n\
              failed    1 in the rekey: 1 EIO\n  \
              d/f: I/O error (EIO)\n"
         );

@@ -239,9 +239,7 @@ fn running(s: &Status) -> String {
         "files     {} rewrapped, {} current, {} empty, {} vanished, {} failed\n",
         c.rewrapped, c.current, c.empty, c.vanished, c.failed
     );
-    if c.no_header > 0 {
-        t += &format!("no header {} files with content\n", c.no_header);
-    }
+    t += &without_header(c.no_header, &[]);
     for (kek, n) in &s.headers_by_kek {
         t += &format!("headers   {n} found under KEK {kek}\n");
     }
@@ -249,6 +247,14 @@ fn running(s: &Status) -> String {
         t += &format!("left      {} of this pass, {} of the rotation\n", minutes(pass), minutes(run));
     }
     t + &failing("sweep", &s.sweep_failures) + &failing("scan", &s.verify_failures)
+}
+
+/// That so many files have content and no header, and the paths of the first few, if any are known.
+pub(super) fn without_header(n: u64, paths: &[String]) -> String {
+    match n {
+        0 => String::new(),
+        n => format!("no header {n} files with content\n") + &in_lines(paths, |path| format!("{path}; see check")),
+    }
 }
 
 /// What has failed in a pass, for people.
@@ -270,10 +276,7 @@ fn ended(r: &Report) -> String {
     t += &format!("time      {} to {}\n", rfc3339_seconds(r.started), rfc3339_seconds(r.finished));
     t += &format!("target    KEK {}\n", r.target);
     t += &format!("files     {} moved, {} failed, {} waived\n", r.sweep.rewrapped, r.failures_total, r.waived.len());
-    if let Some(n) = r.verify.map(|v| v.no_header).filter(|n| *n > 0) {
-        t += &format!("no header {n} files with content\n");
-        t += &in_lines(&r.no_header, |path| format!("{path}; see check"));
-    }
+    t += &without_header(r.verify.map_or(0, |v| v.no_header), &r.no_header);
     t + &listed(&r.failures)
 }
 

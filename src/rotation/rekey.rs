@@ -15,12 +15,13 @@ use super::control::{Cancelled, Control};
 use super::estimate::Estimate;
 use super::failures::Failures;
 use super::path::shown;
-use super::report::{Progress, State};
+use super::report::{FAILURES_MAX, Progress, State};
 use super::sweep::LEAVE_AGAIN;
 use super::turns::Turns;
 use crate::backing::{Backing, Kind, Timestamp};
 use crate::format::ids::FileId;
 use crate::kms::guard::lane::Background;
+use crate::store::header::Header;
 use crate::store::node::InodeKey;
 use crate::store::rekey::{Name, Rekeyed};
 use crate::store::{Node, Result, Store, StoreError};
@@ -64,6 +65,8 @@ struct Run<'a, B: Backing> {
     journal: Option<Journal<'a, B>>,
     counts: Mutex<RekeyCounts>,
     failures: Failures,
+    /// Paths of files that have content and no header, as many as a report names.
+    no_header: Mutex<Vec<String>>,
     linked: Mutex<Linked<B>>,
     /// Ids of files with several names that are done: another of their names will be met.
     linked_done: Mutex<HashSet<FileId>>,
@@ -108,10 +111,6 @@ impl Drop for Alone<'_> {
     }
 }
 
-fn is_cancelled(e: &StoreError) -> bool {
-    matches!(e, StoreError::Backing(e) if e.raw_os_error() == Some(libc::ECANCELED))
-}
-
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
@@ -152,6 +151,7 @@ pub fn rekey<B: Backing>(
         journal,
         counts: Mutex::default(),
         failures: Failures::default(),
+        no_header: Mutex::default(),
         linked: Mutex::default(),
         linked_done: Mutex::default(),
         gave_up: Mutex::default(),
@@ -172,7 +172,7 @@ pub fn rekey<B: Backing>(
     progress.update(&RekeyStatus { state: RekeyPhase::Ended, ..run.status() });
     let (counts, started) = (*run.counts.lock(), run.started);
     let outcome = match (ended, counts.failed) {
-        (Err(e), _) if is_cancelled(&e) => RekeyOutcome::Cancelled,
+        (Err(e), _) if run.is_cancelled(&e) => RekeyOutcome::Cancelled,
         (Err(e), _) => return Err(e),
         (Ok(()), _) if request.dry_run => RekeyOutcome::DryRun,
         (Ok(()), 0) => RekeyOutcome::Complete,
@@ -189,6 +189,7 @@ pub fn rekey<B: Backing>(
         started,
         finished: now(),
         counts,
+        no_header: run.no_header.into_inner(),
         failures: run.failures.take().named,
         failures_total: counts.failed,
     })
@@ -286,6 +287,12 @@ impl<B: Backing> Run<'_, B> {
         })
     }
 
+    /// Whether this is what ends a cancelled run. A backing directory may say the same of a file, which has failed then.
+    fn is_cancelled(&self, e: &StoreError) -> bool {
+        let says = matches!(e, StoreError::Backing(e) if e.raw_os_error() == Some(libc::ECANCELED));
+        says && self.control.check().is_err()
+    }
+
     fn give_way(&self) {
         if !self.request.full_speed {
             self.store.shared().backing.give_way();
@@ -362,6 +369,18 @@ impl<B: Backing> Run<'_, B> {
         }
     }
 
+    /// No DEK is there that could have leaked, and nothing that a new one could be given to: it is told, as by a rotation.
+    fn no_header(&self, path: String) {
+        self.count(|c| {
+            c.no_header += 1;
+            tracing::warn!(path, "rekey: content without a header");
+            let mut named = self.no_header.lock();
+            if named.len() < FAILURES_MAX {
+                named.push(path);
+            }
+        });
+    }
+
     fn failed(&self, path: String, error: &StoreError) {
         self.counts.lock().failed += 1;
         self.failures.add(path, error);
@@ -388,7 +407,7 @@ impl<B: Backing> Run<'_, B> {
             return;
         }
         if let Err(e) = self.try_one(item)
-            && !is_cancelled(&e)
+            && !self.is_cancelled(&e)
         {
             self.gave_up.lock().insert(key);
             self.failed(path, &e);
@@ -404,10 +423,18 @@ impl<B: Backing> Run<'_, B> {
                 }
                 other => other?,
             };
-        let Some(slot) = header else {
-            self.count(|c| c.empty += 1);
-            return Ok(());
+        let read = match header {
+            Header::Slots(read) => read,
+            Header::None => {
+                self.count(|c| c.empty += 1);
+                return Ok(());
+            }
+            Header::Zeros => {
+                self.no_header(item.path);
+                return Ok(());
+            }
         };
+        let (_, slot) = read.0.authoritative()?;
         let old = |t: Timestamp| self.request.written_before.is_none_or(|b| (t.sec, t.nsec) < b);
         if !old(attr.mtime) || self.request.kek.is_some_and(|k| k != slot.kek) {
             self.count(|c| c.skipped += 1);
@@ -508,7 +535,7 @@ impl<B: Backing> Run<'_, B> {
                         }
                         self.ended(r);
                     }
-                    Err(e) if is_cancelled(&e) => return Err(e),
+                    Err(e) if self.is_cancelled(&e) => return Err(e),
                     Err(e) => {
                         self.gave_up.lock().insert(item.node.key());
                         self.failed(item.path, &e);

@@ -17,9 +17,7 @@ use crate::kms::event::Operation;
 use crate::kms::guard::lane::Background;
 use crate::store::Result;
 use crate::store::StoreError;
-use crate::store::header::{
-    SLOTS_LEN, Source, is_unborn, is_zeros, read_slots, rewrap_slot, slots_are, unwrap_slot, wrap_slot,
-};
+use crate::store::header::{Header, SLOTS_LEN, Source, read_header, rewrap_slot, slots_are, unwrap_slot, wrap_slot};
 use crate::store::keys::{KekHandle, Watch};
 use crate::store::shared::Shared;
 use crate::store::walk::is_gone;
@@ -189,38 +187,6 @@ pub(super) fn first_half<B: Backing>(
         return done(First::Half(Box::new(half)));
     }
     Err(busy())
-}
-
-/// What is where a file has its header.
-pub(super) enum Header {
-    /// Slots, whatever is wrong with them.
-    Slots(Box<(SlotPair, Slots)>),
-    /// Nothing, and there is no content: an empty file, or a new one whose first page never reached the disk.
-    None,
-    /// Zeros in place of both slots, and content behind. No wrap is there to be moved or to name a KEK, and what the file
-    /// held opens for nobody: it was new and not synced when the power failed, or the disk has lost what was. Never seen of
-    /// a file that is being made, which has its header before it has content; under the inode's lock not even for a moment.
-    Zeros,
-}
-
-/// Reads both slots of a file.
-///
-/// # Errors
-/// As [`read_slots`].
-pub(super) fn read_header<B: Backing>(b: &B, file: &B::File, from: Source) -> Result<Header> {
-    let read = read_slots(b, file, from);
-    let damage = match &read {
-        Ok(Some((pair, _))) => pair.authoritative().err(),
-        Err(StoreError::Damage(d)) => Some(d.clone()),
-        _ => None,
-    };
-    match (read, damage) {
-        (_, Some(d)) if is_unborn(b.stat_file(file)?.size, &d) => Ok(Header::None),
-        (Ok(Some((_, bytes))), _) if is_zeros(&bytes) => Ok(Header::Zeros),
-        (Ok(Some(read)), _) => Ok(Header::Slots(Box::new(read))),
-        (Ok(None), _) => Ok(Header::None),
-        (Err(e), _) => Err(e),
-    }
 }
 
 /// Whether either slot is at least one of this program's, of whatever version.

@@ -72,6 +72,38 @@ pub fn is_zeros(slots: &[u8; SLOTS_LEN]) -> bool {
     slots.iter().all(|b| *b == 0)
 }
 
+/// What is where a file has its header.
+pub enum Header {
+    /// Slots, whatever is wrong with them.
+    Slots(Box<(SlotPair, [u8; SLOTS_LEN])>),
+    /// Nothing, and there is no content: an empty file, or a new one whose first page never reached the disk.
+    None,
+    /// Zeros in place of both slots, and content behind. No wrap is there to be moved or to name a KEK, and what the file
+    /// held opens for nobody: it was new and not synced when the power failed, or the disk has lost what was. Never seen of
+    /// a file that is being made, which has its header before it has content; under the inode's lock not even for a moment.
+    Zeros,
+}
+
+/// Reads both slots of a file.
+///
+/// # Errors
+/// As [`read_slots`].
+pub fn read_header<B: Backing>(b: &B, file: &B::File, from: Source) -> Result<Header> {
+    let read = read_slots(b, file, from);
+    let damage = match &read {
+        Ok(Some((pair, _))) => pair.authoritative().err(),
+        Err(StoreError::Damage(d)) => Some(d.clone()),
+        _ => None,
+    };
+    match (read, damage) {
+        (_, Some(d)) if is_unborn(b.stat_file(file)?.size, &d) => Ok(Header::None),
+        (Ok(Some((_, bytes))), _) if is_zeros(&bytes) => Ok(Header::Zeros),
+        (Ok(Some(read)), _) => Ok(Header::Slots(Box::new(read))),
+        (Ok(None), _) => Ok(Header::None),
+        (Err(e), _) => Err(e),
+    }
+}
+
 /// The DEK of a header, and how it was come by.
 pub struct Opened {
     pub dek: Arc<Dek>,

@@ -24,7 +24,7 @@ pub use links::{Names, is_interrupted};
 use super::dir::lock_dirs;
 use super::error::{Result, StoreError};
 use super::file::{Finished, Fresh};
-use super::header::{Source, is_unborn, read_slots, unwrap_slot};
+use super::header::{Header, Source, read_header, read_slots, unwrap_slot};
 use super::node::{Location, Node};
 use super::open::{Store, is, kernel, own_folder};
 use crate::backing::{Access, Backing, Kind, SetTime};
@@ -187,7 +187,10 @@ impl<B: Backing> Store<B> {
             return Ok(Attempt::Ended(Rekeyed::Empty));
         }
         // What a newer program says in the header would be lost.
-        if let Some(slot) = self.header_of(&node)?.filter(|s| !s.writable()) {
+        if let Header::Slots(read) = self.header_of(&node)?
+            && let (_, slot) = read.0.authoritative()?
+            && !slot.writable()
+        {
             return Err(Damage::UnsupportedFeature(slot.ro_compat).into());
         }
         let b = self.backing();
@@ -351,20 +354,13 @@ impl<B: Backing> Store<B> {
         node.location().map(|l| Name { dir: l.parent, name: l.name })
     }
 
-    /// The header slot of a regular file that counts, without any key; `None` if the file has no header.
+    /// What a regular file has for a header. Takes no key.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] if the file is gone; damage of the header; the backing directory's.
-    pub fn header_of(&self, node: &Arc<Node<B>>) -> Result<Option<Slot>> {
+    /// [`StoreError::NotFound`] if the file is gone; those of [`read_header`].
+    pub fn header_of(&self, node: &Arc<Node<B>>) -> Result<Header> {
         let b = self.backing();
-        let read = (|| {
-            let file = b.open(&*node.fd(b)?, Access::Read)?;
-            let Some((pair, _)) = read_slots(b, &file, Source::Cache)? else { return Ok(None) };
-            match pair.authoritative() {
-                Err(d) if is_unborn(b.stat_file(&file)?.size, &d) => Ok(None),
-                slot => Ok(Some(slot?.1.clone())),
-            }
-        })();
+        let read = (|| read_header(b, &b.open(&*node.fd(b)?, Access::Read)?, Source::Cache))();
         match read {
             // Known by a name that leads nowhere any more.
             Err(StoreError::Backing(e)) if is(&e, libc::ESTALE) => Err(StoreError::NotFound),

@@ -62,6 +62,8 @@ pub struct RekeyCounts {
     pub done_before: u64,
     /// Empty files: they have no DEK.
     pub empty: u64,
+    /// Files with content and zeros in place of a header: nobody can read them, and they have no DEK either.
+    pub no_header: u64,
     /// Files that went away meanwhile.
     pub vanished: u64,
     /// Files and directories that could not be dealt with; they are as they were.
@@ -130,6 +132,8 @@ pub struct RekeyReport {
     pub started: u64,
     pub finished: u64,
     pub counts: RekeyCounts,
+    /// Files with content and no header ([`RekeyCounts::no_header`]), at most as many as failures.
+    pub no_header: Vec<String>,
     /// Failures, at most [`FAILURES_MAX`](crate::rotation::report::FAILURES_MAX) of them; paths are from the root of the store.
     pub failures: Vec<Failure>,
     /// All failures, also those not named.

@@ -9,6 +9,8 @@ use crate::kms::guard::lane::Background;
 use crate::kms::scripted::Behaviour;
 use crate::kms::{Description, KmsError, WrapContext};
 use crate::rotation::rekey::{RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request, rekey, unfinished};
+use crate::store::header::Header;
+use crate::store::load::{Histogram, Kind as Call};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -35,8 +37,9 @@ fn ids(s: &Arc<Store<SimDisk>>) -> BTreeMap<String, FileId> {
     for d in ["", "a", "b"] {
         for e in s.read_dir(&dir(s, d)).unwrap().into_iter().filter(|e| e.kind == Kind::File) {
             let (n, _) = s.lookup(&dir(s, d), &e.name).unwrap();
-            if let Some(slot) = s.header_of(&n).unwrap() {
-                out.insert(format!("{d}/{}", String::from_utf8_lossy(&e.name)), slot.file);
+            if let Header::Slots(read) = s.header_of(&n).unwrap() {
+                let file = read.0.authoritative().unwrap().1.file;
+                out.insert(format!("{d}/{}", String::from_utf8_lossy(&e.name)), file);
             }
         }
     }
@@ -115,7 +118,6 @@ fn only_what_meets_the_criteria() {
 /// It listens to what users wait, and says that it may be its doing; unless nobody is to be heeded.
 #[test]
 fn users_are_listened_to_while_it_works_and_not_after() {
-    use crate::store::load::{Histogram, Kind as Call};
     let busy = |full_speed| {
         let (disk, _, s) = tree();
         let user = Arc::clone(&s);
@@ -161,6 +163,11 @@ fn it_says_how_far_it_is_and_pauses_within_a_file() {
         if st.paused && seen.last().is_some_and(|last| last.paused && last.copied == st.copied) {
             let (n, _) = s.lookup(&dir(&s, "a"), b"large").unwrap();
             s.open_file(&n, Access::ReadWrite).unwrap().write(LEN - 4, b"used").unwrap();
+            s.shared().load.take();
+            s.shared().load.measure(Call::Read, || ());
+            let (quiet, busy) = s.shared().load.take();
+            let calls = [quiet, busy].map(|h| h.iter().map(Histogram::total).sum::<u64>());
+            assert_eq!(calls, [1, 0], "what users wait in a pause is not its doing");
             assert_eq!(unfinished(&disk).unwrap().unwrap().files, 0);
             control.resume();
         }
@@ -190,6 +197,71 @@ fn it_says_how_far_it_is_and_pauses_within_a_file() {
     let last = last.into_inner();
     assert_eq!((last.expected, last.counts.scanned), (Some(11), 11));
     assert_eq!(unfinished(&disk).unwrap(), None, "it has ended");
+}
+
+/// What a power cut leaves of a new file that was not synced was a failure of every run, and kept each from its end.
+#[test]
+fn a_file_without_a_header_is_told_and_is_no_failure() {
+    let (disk, root, s) = tree();
+    let path = s.read_dir(&s.root()).unwrap().into_iter().find(|e| e.name == b"6").unwrap().backing;
+    s.close().unwrap();
+    drop(s);
+    disk.write_raw(&path, 0, &[0; 2048]).unwrap();
+    let s = open(disk.clone(), &root);
+    for (dry_run, outcome) in [(true, RekeyOutcome::DryRun), (false, RekeyOutcome::Complete)] {
+        let r = go(&s, &Request { dry_run, ..all() });
+        assert_eq!((r.outcome, r.failures_total, r.no_header), (outcome, 0, vec!["6".to_owned()]));
+        assert_eq!((r.counts.rekeyed, r.counts.empty, r.counts.no_header), (6, 1, 1));
+    }
+    assert_eq!(unfinished(&disk).unwrap(), None);
+    // Anything but zeros is a header that was damaged.
+    s.close().unwrap();
+    drop(s);
+    disk.flip_bit(&path, 1023, 0).unwrap();
+    let r = go(&open(disk, &root), &all());
+    assert_eq!(
+        (r.outcome, r.counts.no_header, r.failures[0].code.as_str()),
+        (RekeyOutcome::Incomplete, 0, "header-magic")
+    );
+}
+
+/// The run that nobody had cancelled said that it was complete.
+#[test]
+fn a_file_of_which_the_disk_says_cancelled_has_failed() {
+    let (disk, _, s) = tree();
+    // The first file that is made is the journal.
+    disk.fail_next(Some(Op::Create), 1, libc::ECANCELED);
+    let r = go(&s, &Request { jobs: NonZeroUsize::new(1), ..all() });
+    assert_eq!((r.outcome, r.counts.rekeyed, r.failures_total), (RekeyOutcome::Incomplete, 6, 1));
+}
+
+/// Where names of a file with several may be, a directory that could not be listed ended the whole run.
+#[test]
+fn a_directory_that_cannot_be_listed_keeps_no_other_file_from_its_new_key() {
+    let mut listed = 0;
+    for at in 0.. {
+        let (disk, _, s) = tree();
+        let asked = Request { paths: vec![b"a".to_vec(), b"linked".to_vec()], ..all() };
+        let seen = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&seen);
+        disk.set_hook(Some(Arc::new(move |m| {
+            if m == Moment::Before(Op::ReadDir) {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        })));
+        disk.fail_next(Some(Op::ReadDir), at, libc::EACCES);
+        let r = rekey(&s, &asked, &(), &Control::new()).unwrap();
+        if at == 0 {
+            assert_eq!((r.counts.rekeyed, r.failures_total, r.failures[0].directory), (3, 1, true), "{r:?}");
+        } else {
+            assert_eq!((r.outcome, r.counts.rekeyed), (RekeyOutcome::Complete, 3), "{at}: {r:?}");
+        }
+        listed = seen.load(Ordering::Relaxed);
+        if listed <= at {
+            break;
+        }
+    }
+    assert_eq!(listed, 1 + 3 + 1, "the folder, all of them for names, and the folder again");
 }
 
 /// A file whose content is damaged makes it incomplete; the same request goes on, another one and `restart` do not.

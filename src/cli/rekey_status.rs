@@ -10,7 +10,9 @@ use crate::daemon::lock::VolumeLock;
 use crate::daemon::protocol::{DaemonStatus, RekeyState};
 use crate::format::ids::StoreId;
 use crate::format::time::rfc3339_seconds;
-use crate::rotation::rekey::{RekeyCounts, RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Unfinished, unfinished};
+use crate::rotation::rekey::{
+    Asked, RekeyCounts, RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Unfinished, unfinished,
+};
 use crate::store::rekey::is_interrupted;
 use serde::Serialize;
 
@@ -39,7 +41,8 @@ impl OnDisk {
         let mut t = Vec::new();
         if let Some(u) = &self.unfinished_rekey {
             t.push(format!(
-                "unfinished, {} files done by {}; a rekey of the same paths and options goes on with it",
+                "unfinished{}, {} files done by {}; a rekey of the same paths and options goes on with it",
+                daemon.and_then(|d| d.rekey_asked.as_ref()).map_or(String::new(), |a| format!(" of {}", of(a))),
                 u.files,
                 rfc3339_seconds(u.noted)
             ));
@@ -54,6 +57,19 @@ impl OnDisk {
     }
 }
 
+/// What a rekey goes over.
+fn of(a: &Asked) -> String {
+    let mut t = a.paths.join(" ");
+    match a.paths_total.saturating_sub(a.paths.len() as u64) {
+        0 => {}
+        n => t += &format!(" and {n} more"),
+    }
+    if let Some(sec) = a.written_before {
+        t += &format!(" --written-before {}", u64::try_from(sec).map_or_else(|_| sec.to_string(), rfc3339_seconds));
+    }
+    t + &a.kek.map_or(String::new(), |k| format!(" --kek {k}"))
+}
+
 /// `rekey --status --json`. Stable.
 #[derive(Debug, Serialize)]
 struct View {
@@ -64,6 +80,8 @@ struct View {
     locked: bool,
     #[serde(flatten)]
     disk: OnDisk,
+    /// What it goes over; only a daemon can tell, which has the key.
+    asked: Option<Asked>,
     /// The rekey under way in the daemon, or the last one since the mount.
     rekey: Option<RekeyState>,
 }
@@ -80,6 +98,7 @@ pub fn run(place: &Place, json: bool) -> Result<(), Fault> {
         mounted: daemon.is_some(),
         locked: VolumeLock::is_taken(&place.backing),
         disk: OnDisk::find(place),
+        asked: daemon.as_ref().and_then(|d| d.rekey_asked.clone()),
         rekey: daemon.as_ref().and_then(|d| d.rekey.clone()),
     };
     let left = if v.is_under_way() { Vec::new() } else { v.disk.left(daemon.as_ref()) };
@@ -108,7 +127,7 @@ pub fn lines(left: &[String]) -> String {
 fn text(v: &View) -> String {
     match &v.rekey {
         Some(RekeyState { running: true, status: None, .. }) => "state     starting\n".into(),
-        Some(RekeyState { running: true, status: Some(s), .. }) => running(s),
+        Some(RekeyState { running: true, status: Some(s), .. }) => running(s, v.asked.as_ref()),
         Some(RekeyState { report: Some(r), .. }) => ended(r),
         Some(RekeyState { fault: Some(f), .. }) => format!("state     failed: {f}\n"),
         _ if v.mounted => "state     there was no rekey since the mount\n".into(),
@@ -147,9 +166,12 @@ fn outcome(o: RekeyOutcome) -> &'static str {
     }
 }
 
-fn running(s: &RekeyStatus) -> String {
+fn running(s: &RekeyStatus, asked: Option<&Asked>) -> String {
     let resumed = if s.resumed { ", going on with an unfinished one" } else { "" };
     let mut t = format!("state     {}\nbegun     {}{resumed}\n", phase(s), rfc3339_seconds(s.started));
+    if let Some(a) = asked {
+        t += &format!("paths     {}\n", of(a));
+    }
     t += &files(&s.counts, s.expected);
     t += &format!("copied    {} bytes, {:.1} MB a second\n", s.copied, s.rate / 1e6);
     if let Some(eta) = s.eta {
@@ -181,6 +203,7 @@ fn ended(r: &RekeyReport) -> String {
 mod tests {
     use super::*;
     use crate::daemon::protocol::{CacheStatus, KeysStatus};
+    use crate::format::ids::KekId;
     use crate::rotation::{Failing, Failure};
 
     fn counts() -> RekeyCounts {
@@ -195,6 +218,11 @@ mod tests {
             vanished: 0,
             failed: 1,
         }
+    }
+
+    fn asked() -> Asked {
+        let paths = vec!["/".to_owned(), "d/f".to_owned()];
+        Asked { paths, paths_total: 2, written_before: None, kek: Some(KekId([5; 16])) }
     }
 
     #[test]
@@ -213,9 +241,10 @@ mod tests {
             ..RekeyStatus::default()
         };
         assert_eq!(
-            running(&s),
+            running(&s, Some(&asked())),
             "state     rekeying, paused\n\
              begun     2026-09-21T14:13:20Z, going on with an unfinished one\n\
+             paths     / d/f --kek 05050505050505050505050505050505\n\
              files     9 of 100 met, 4 rekeyed with 5000 bytes, 2 done before, 1 failed; 1 do not meet the criteria; 1 are \
              empty\n\
              copied    6000 bytes, 2.6 MB a second\n\
@@ -238,11 +267,19 @@ mod tests {
             let v = serde_json::json!({
                 "pid": 1, "version": "0", "store": "0", "mountpoint": "/m", "backing": "/b", "uptime": 1,
                 "read_only": read_only, "memory_locked": true, "keys": KeysStatus::default(),
-                "dek_cache": CacheStatus::default(), "rotation": null, "rekey": null,
+                "dek_cache": CacheStatus::default(), "rotation": null, "rekey": null, "rekey_asked": null,
             });
             serde_json::from_value::<DaemonStatus>(v).unwrap()
         };
         assert_eq!(disk.left(Some(&daemon(false))), [unfinished]);
+        let asked = Asked { paths_total: 12, written_before: Some(1_790_000_000), ..asked() };
+        let knows = DaemonStatus { rekey_asked: Some(asked), ..daemon(false) };
+        assert_eq!(
+            disk.left(Some(&knows)),
+            ["unfinished of / d/f and 10 more --written-before 2026-09-21T14:13:20Z --kek \
+              05050505050505050505050505050505, 7 files done by 2026-09-21T14:13:20Z; a rekey of the same paths and \
+              options goes on with it"]
+        );
         let interrupted =
             "was interrupted in a file with several names; the next mount that may write finishes that file";
         assert_eq!(disk.left(Some(&daemon(true))), [unfinished, interrupted]);

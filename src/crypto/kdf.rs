@@ -42,6 +42,8 @@ pub mod label {
     pub const ROTATION_REPORT: &str = "envelopefs/v1/rotation-report";
     /// Store secret → key of the seals in journals of rekeys.
     pub const REKEY_JOURNAL: &str = "envelopefs/v1/rekey-journal";
+    /// Store secret → key of what rekeys were asked.
+    pub const REKEY_ASKED: &str = "envelopefs/v1/rekey-asked";
 }
 
 /// HKDF-Expand of 32 bytes with `label ‖ 0x00 ‖ context`, into fresh secret memory.

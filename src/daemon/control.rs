@@ -116,6 +116,8 @@ impl Control {
             },
             rotation: self.job.state::<Rotation>(),
             rekey: self.job.state::<Rekey>(),
+            // What cannot be read is left out, as by who looks from outside.
+            rekey_asked: rekey::asked(&shared.backing, shared.keys.secret()).unwrap_or_default(),
         }
     }
 

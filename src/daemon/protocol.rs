@@ -318,6 +318,8 @@ pub struct DaemonStatus {
     pub rotation: Option<RotationState>,
     /// The rekey under way, or the last one since the mount.
     pub rekey: Option<RekeyState>,
+    /// What the rekey goes over that is under way or unfinished.
+    pub rekey_asked: Option<rekey::Asked>,
 }
 
 /// One word for how the keys stand.

@@ -8,8 +8,8 @@
 mod journal;
 mod report;
 
-pub use journal::{Unfinished, unfinished};
-pub use report::{RekeyCounts, RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request};
+pub use journal::{Unfinished, asked, unfinished};
+pub use report::{Asked, RekeyCounts, RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request};
 
 use super::control::{Cancelled, Control};
 use super::estimate::Estimate;

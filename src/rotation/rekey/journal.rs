@@ -5,14 +5,20 @@
 //! a *subject* of 32 and the HMAC-SHA-256 of its SHA-256 (as all seals of the store). The first one's subject is the SHA-256 of the
 //! request; the others' are that of [`Journal::subject`]. Those that are not genuine are passed over: a file that is not
 //! known to be done is done again, which costs time and nothing else. That goes for lost records too, so nothing is synced.
+//!
+//! What the run was asked lies beside it, in `asked`: nonce, ciphertext and tag of AES-256-GCM-SIV over the text whose hash
+//! the journal begins with. It is encrypted because names are, and only told, so a run without it is as good.
 
+use super::report::{Asked, Request};
 use crate::backing::{self, Access, Backing};
-use crate::crypto::kdf::{label, sha256};
+use crate::crypto::aead::GcmSiv;
+use crate::crypto::kdf::{derive, label, sha256};
 use crate::crypto::seal::{Hash, SealKey};
-use crate::crypto::secret::StoreSecret;
+use crate::crypto::secret::{Secret32, StoreSecret};
 use crate::format::ids::FileId;
 use crate::format::names::STORE_DIR;
 use crate::store::rekey::REKEY_DIR;
+use crate::store::walk::unless_gone;
 use parking_lot::Mutex;
 use serde::Serialize;
 use std::collections::HashSet;
@@ -20,6 +26,10 @@ use std::io;
 use std::sync::Arc;
 
 const FILE: &[u8] = b"journal";
+const ASKED: &[u8] = b"asked";
+const ASKED_TEMP: &[u8] = b"asked.new";
+/// Longest text of what was asked, in bytes: what a client may send is no longer.
+const ASKED_MAX: usize = 16 << 20;
 const RECORD: usize = 64;
 /// Records read at once.
 const READ: usize = 1024;
@@ -38,13 +48,36 @@ pub struct Unfinished {
 /// # Errors
 /// The backing directory's.
 pub fn unfinished<B: Backing>(b: &B) -> io::Result<Option<Unfinished>> {
-    let own = b.lookup(&b.root()?, STORE_DIR)?;
-    let stat = match b.lookup(&own, REKEY_DIR).and_then(|folder| b.stat_at(&folder, FILE)) {
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
-        other => other?,
-    };
+    let Some(stat) = unless_gone(folder(b).and_then(|f| b.stat_at(&f, FILE)))? else { return Ok(None) };
     let files = (stat.size / RECORD as u64).saturating_sub(1);
     Ok(Some(Unfinished { files, noted: u64::try_from(stat.mtime.sec).unwrap_or(0) }))
+}
+
+fn folder<B: Backing>(b: &B) -> io::Result<B::Node> {
+    b.lookup(&b.lookup(&b.root()?, STORE_DIR)?, REKEY_DIR)
+}
+
+/// What the rekey was asked that is under way or unfinished in the store with this secret; `None` if there is none, or
+/// nothing genuine that says it.
+///
+/// # Errors
+/// The backing directory's.
+pub fn asked<B: Backing>(b: &B, secret: &StoreSecret) -> io::Result<Option<Asked>> {
+    let read = || {
+        let folder = folder(b)?;
+        let mut of = Hash::default();
+        let n = backing::read_into(b, &b.open(&b.lookup(&folder, FILE)?, Access::Read)?, &mut of, 0)?;
+        let sealed = backing::read_whole(b, &folder, ASKED, ASKED_MAX)?;
+        Ok(sealed.filter(|_| n == of.len()).map(|sealed| (of, sealed)))
+    };
+    let Some((of, sealed)) = unless_gone(read())?.flatten() else { return Ok(None) };
+    let text = GcmSiv::open_random(&asked_key(secret), b"", &sealed).ok();
+    // One that lies there from another run says nothing of this one.
+    Ok(text.filter(|t| sha256(t) == of).and_then(|t| Request::asked(&t)))
+}
+
+fn asked_key(secret: &StoreSecret) -> Secret32 {
+    derive(secret.secret(), label::REKEY_ASKED, b"")
 }
 
 fn half(hash: &Hash) -> [u8; 16] {
@@ -90,6 +123,10 @@ impl<'a, B: Backing> Journal<'a, B> {
             backing.truncate(&j.file, 0)?;
             *j.end.get_mut() = 0;
             j.append(j.request)?;
+            let sealed = GcmSiv::seal_random(&asked_key(secret), b"", request);
+            if let Err(e) = backing::replace_whole(backing, &j.folder, ASKED_TEMP, ASKED, &sealed) {
+                tracing::warn!("what a rekey was asked cannot be noted for others to see: {e}");
+            }
         }
         Ok(j)
     }
@@ -162,8 +199,10 @@ impl<'a, B: Backing> Journal<'a, B> {
 
     /// The run has ended and nothing is left to do.
     pub fn remove(self) {
-        if let Err(e) = self.backing.unlink(&self.folder, FILE) {
-            tracing::warn!("journal of a rekey stays behind: {e}");
+        for name in [FILE, ASKED] {
+            if let Err(e) = unless_gone(self.backing.unlink(&self.folder, name)) {
+                tracing::warn!("journal of a rekey stays behind: {e}");
+            }
         }
     }
 }
@@ -205,7 +244,7 @@ mod tests {
         drop(j);
         assert!(!open(b"a", true).is_resumed());
         open(b"a", false).remove();
-        assert!(disk.read_raw("journal").is_err());
+        assert!(disk.read_raw("journal").is_err() && disk.read_raw("asked").is_err());
         // Another store's.
         open(b"a", false).done(ids[0]);
         let other = StoreSecret::random();

@@ -2,6 +2,7 @@
 
 use crate::format::ids::{KekId, StoreId};
 use crate::rotation::options::Options;
+use crate::rotation::path::shown;
 use crate::rotation::report::{Failing, Failure};
 use serde::{Deserialize, Serialize};
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -9,6 +10,24 @@ use std::num::{NonZeroU32, NonZeroUsize};
 /// What the limit of the rate counts: pieces of content of so many bytes, and how many make a megabyte.
 pub(super) const UNIT: u64 = 1000;
 const UNITS: u32 = 1000;
+
+/// Paths that [`Asked`] names.
+const PATHS_MAX: usize = 10;
+
+/// Sorted paths, and criteria.
+type Identity = (Vec<Vec<u8>>, Option<(i64, u32)>, Option<KekId>);
+
+/// What a run goes over, for people. Part of `rekey --status --json` and `status --json`; stable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// The first ten, from the root of the store, which is `/`.
+    pub paths: Vec<String>,
+    /// How many there are.
+    pub paths_total: u64,
+    /// Whole seconds since the epoch.
+    pub written_before: Option<i64>,
+    pub kek: Option<KekId>,
+}
 
 /// What a run is asked.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -37,7 +56,20 @@ impl Request {
     pub(super) fn identity(&self) -> Vec<u8> {
         let mut paths = self.paths.clone();
         paths.sort();
-        serde_json::to_vec(&(paths, self.written_before, self.kek)).unwrap_or_default()
+        let identity: Identity = (paths, self.written_before, self.kek);
+        serde_json::to_vec(&identity).unwrap_or_default()
+    }
+
+    /// What [`Request::identity`] says, in words.
+    pub(super) fn asked(identity: &[u8]) -> Option<Asked> {
+        let (paths, written_before, kek): Identity = serde_json::from_slice(identity).ok()?;
+        let shown = |p: &Vec<u8>| if p.is_empty() { "/".into() } else { shown(p) };
+        Some(Asked {
+            paths: paths.iter().take(PATHS_MAX).map(shown).collect(),
+            paths_total: paths.len() as u64,
+            written_before: written_before.map(|(sec, _)| sec),
+            kek,
+        })
     }
 
     /// How fast it may go, for [`Turns`](crate::rotation::turns::Turns).

@@ -8,7 +8,9 @@ use crate::format::ids::FileId;
 use crate::kms::guard::lane::Background;
 use crate::kms::scripted::Behaviour;
 use crate::kms::{Description, KmsError, WrapContext};
-use crate::rotation::rekey::{RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request, rekey, unfinished};
+use crate::rotation::rekey::{
+    Asked, RekeyOutcome, RekeyPhase, RekeyReport, RekeyStatus, Request, asked, rekey, unfinished,
+};
 use crate::store::header::Header;
 use crate::store::load::{Histogram, Kind as Call};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -157,6 +159,7 @@ fn it_says_how_far_it_is_and_pauses_within_a_file() {
             pausing.pause();
         }
     })));
+    let waited = parking_lot::Mutex::new(Vec::new());
     let seen = parking_lot::Mutex::new(Vec::<RekeyStatus>::new());
     let told = |st: &RekeyStatus| {
         let mut seen = seen.lock();
@@ -167,7 +170,7 @@ fn it_says_how_far_it_is_and_pauses_within_a_file() {
             s.shared().load.measure(Call::Read, || ());
             let (quiet, busy) = s.shared().load.take();
             let calls = [quiet, busy].map(|h| h.iter().map(Histogram::total).sum::<u64>());
-            assert_eq!(calls, [1, 0], "what users wait in a pause is not its doing");
+            waited.lock().push(calls);
             assert_eq!(unfinished(&disk).unwrap().unwrap().files, 0);
             control.resume();
         }
@@ -179,6 +182,7 @@ fn it_says_how_far_it_is_and_pauses_within_a_file() {
     let r = rekey(&s, &large, &Told(told), &control).unwrap();
     disk.set_hook(None);
     assert_eq!((r.outcome, r.counts.rekeyed, r.counts.bytes), (RekeyOutcome::Complete, 1, LEN));
+    assert_eq!(waited.into_inner(), [[1, 0]], "what users wait in a pause is not its doing");
     let seen = seen.into_inner();
     let paused: Vec<_> = seen.iter().filter(|st| st.paused).collect();
     let still = paused.last().unwrap().copied;
@@ -229,8 +233,8 @@ fn a_file_without_a_header_is_told_and_is_no_failure() {
 #[test]
 fn a_file_of_which_the_disk_says_cancelled_has_failed() {
     let (disk, _, s) = tree();
-    // The first file that is made is the journal.
-    disk.fail_next(Some(Op::Create), 1, libc::ECANCELED);
+    // The first two files that are made are the journal, and what it is of.
+    disk.fail_next(Some(Op::Create), 2, libc::ECANCELED);
     let r = go(&s, &Request { jobs: NonZeroUsize::new(1), ..all() });
     assert_eq!((r.outcome, r.counts.rekeyed, r.failures_total), (RekeyOutcome::Incomplete, 6, 1));
 }
@@ -300,6 +304,42 @@ fn it_goes_on_where_it_was() {
     assert_eq!((now["b/one"], now["/linked"]), (between["a/1"], between["/linked"]));
     let r = go(&s, &all());
     assert_eq!((r.resumed, r.counts.rekeyed), (false, 7), "a run that ended is over");
+}
+
+/// Who has the key can tell what an unfinished run was of. Nobody else can, and no other run's word counts.
+#[test]
+fn what_an_unfinished_run_goes_over_is_known_to_the_store_only() {
+    let (disk, _, s) = tree();
+    let kek = s.shared().keys.with_active(|k| k.id());
+    let cancelled = Control::new();
+    cancelled.cancel();
+    let of = |paths: &[&str]| paths.iter().map(|p| p.as_bytes().to_vec()).collect::<Vec<_>>();
+    let request = Request { paths: of(&["linked", "a/1"]), kek: Some(kek), ..Request::default() };
+    assert_eq!(asked(&disk, s.shared().keys.secret()).unwrap(), None);
+    let begin = |r: &Request| assert_eq!(rekey(&s, r, &(), &cancelled).unwrap().outcome, RekeyOutcome::Cancelled);
+    begin(&request);
+    let paths = vec!["a/1".to_owned(), "linked".to_owned()];
+    let want = Asked { paths, paths_total: 2, written_before: None, kek: Some(kek) };
+    assert_eq!(asked(&disk, s.shared().keys.secret()).unwrap().as_ref(), Some(&want));
+    assert_eq!(asked(&disk, &crate::crypto::secret::StoreSecret::random()).unwrap(), None);
+    let sealed = disk.read_raw(".envelopefs/rekey/asked").unwrap();
+    assert!(!sealed.windows(7).any(|w| w == b"108,105"), "nor its bytes in decimal");
+    // Another takes its place; what the one before was asked is put back.
+    let more: Vec<String> = (10..30).map(|n| n.to_string()).collect();
+    more.iter().for_each(|n| write(&s, n, b"more"));
+    begin(&Request {
+        paths: of(&more.iter().map(String::as_str).collect::<Vec<_>>()),
+        written_before: Some((9, 5)),
+        ..Request::default()
+    });
+    let now = asked(&disk, s.shared().keys.secret()).unwrap().unwrap();
+    assert_eq!((&now.paths[..], now.paths_total, now.written_before, now.kek), (&more[..10], 20, Some(9), None));
+    disk.replace_raw(".envelopefs/rekey/asked", &sealed).unwrap();
+    assert_eq!(asked(&disk, s.shared().keys.secret()).unwrap(), None);
+    // One that is over leaves nothing.
+    go(&s, &all());
+    assert_eq!(asked(&disk, s.shared().keys.secret()).unwrap(), None);
+    assert!(disk.read_raw(".envelopefs/rekey/asked").is_err());
 }
 
 /// The KEK is in a key service, which goes away in the middle of a run, and comes back: what it was needed for is as it was,

@@ -171,6 +171,8 @@ fn a_detached_rekey_is_watched_and_steered() {
     let v = b.json("rekey --status mnt --json");
     assert_eq!((&v["rekey"]["running"], &v["rekey"]["status"]["state"]), (&true.into(), &"rekeying".into()));
     says("status mnt", "rekey     rekeying, paused, ");
+    says("rekey --status mnt", "\npaths     d\n");
+    assert_eq!(v["asked"], serde_json::json!({"paths": ["d"], "paths_total": 1, "written_before": null, "kek": null}));
     says("rekey --status back", "state     rekeying, paused\n");
     b.fails("rotate mnt", 12, "files of this store are being rekeyed; see how it stands with: envelopefs status mnt");
     b.fails(
@@ -186,7 +188,7 @@ fn a_detached_rekey_is_watched_and_steered() {
     let o = b.run("rekey --status mnt");
     let out = b.masked(&o.stdout);
     assert_eq!(o.status.code(), Some(9), "{out}");
-    assert!(out.starts_with("state     cancelled\n") && out.contains("\nrekey     unfinished, "), "{out}");
+    assert!(out.starts_with("state     cancelled\n") && out.contains("\nrekey     unfinished of d, "), "{out}");
     assert!(b.masked(&o.stderr).starts_with("envelopefs: a rekey is unfinished, and none is under way; "));
     b.ok("unmount mnt");
     let o = b.run("rekey --status back");
@@ -295,9 +297,10 @@ fn a_damaged_file_is_named_and_left_and_the_rest_is_done() {
     let out = b.masked(&o.stdout);
     assert_eq!(o.status.code(), Some(9));
     assert!(out.starts_with("state     incomplete\n") && out.contains("  bad: block 2 "), "{out}");
-    assert!(out.contains("rekey     unfinished, 1 files done by "), "{out}");
+    assert!(out.contains("rekey     unfinished of /, 1 files done by "), "{out}");
     assert!(
-        b.ok("status back").contains("rekey     last one incomplete: 1 files rekeyed\nrekey     unfinished, 1 files")
+        b.ok("status back")
+            .contains("rekey     last one incomplete: 1 files rekeyed\nrekey     unfinished of /, 1 files")
     );
     fs::remove_file(b.path("mnt/bad")).unwrap();
     let out = b.ok("rekey mnt");

@@ -19,7 +19,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 pub const LINE_MAX: u64 = 16 << 20;
 /// Longest line a client accepts, in bytes: a report can name thousands of files ([`crate::rotation::report::FAILURES_MAX`]),
 /// and a reply holds it twice.
-pub const REPLY_MAX: u64 = 256 << 20;
+pub const REPLY_MAX: u64 = 2 * sealed::LONGEST as u64;
 
 /// What a client asks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

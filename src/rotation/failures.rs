@@ -1,6 +1,6 @@
 //! What a pass or a rekey could not deal with, collected from all its threads, and told apart by what is waived.
 
-use super::report::{FAILURES_MAX, Failing, Failure};
+use super::report::{Failing, Failure, Named};
 use super::waive::Waivers;
 use crate::store::StoreError;
 use parking_lot::Mutex;
@@ -20,8 +20,8 @@ pub(super) struct Failures {
 /// Failures of one pass or, after [`Failed::also`], of a sweep and a scan.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Failed {
-    /// Those that are not waived, at most [`FAILURES_MAX`] of them.
-    pub(super) named: Vec<Failure>,
+    /// Those that are not waived, as many as a report names.
+    pub(super) named: Named<Failure>,
     /// All of those.
     pub(super) total: u64,
     /// Those that are waived, by their paths. There are no more of them than waivers.
@@ -81,9 +81,7 @@ impl Failed {
     /// One more that is not waived.
     pub(super) fn add(&mut self, f: Failure) {
         self.total += 1;
-        if self.named.len() < FAILURES_MAX {
-            self.named.push(f);
-        }
+        self.named.add(f);
     }
 
     /// Adds what `other` has and this has not.
@@ -92,8 +90,8 @@ impl Failed {
         for f in other.named {
             if self.named.contains(&f) {
                 self.total -= 1;
-            } else if self.named.len() < FAILURES_MAX {
-                self.named.push(f);
+            } else {
+                self.named.add(f);
             }
         }
         for (path, f) in other.waived {

@@ -8,7 +8,7 @@
 //! target was made after that KEK became active.
 
 use super::journal::Journal;
-use super::report::{Counts, FAILURES_MAX, Failure, Outcome, Report, State};
+use super::report::{Counts, Failure, Named, Outcome, Report, State};
 use super::run::{Context, now, retire_unproved, told};
 use super::shard::Shard;
 use super::{exceptions, plan, shares};
@@ -167,6 +167,7 @@ fn sum(of: &[&Report], store: StoreId, target: KekId) -> Report {
         generation: 0,
         shares: Vec::new(),
     };
+    let mut no_header = Named::default();
     for r in of {
         out.passes = out.passes.saturating_add(r.passes);
         out.sweep += r.sweep;
@@ -176,10 +177,10 @@ fn sum(of: &[&Report], store: StoreId, target: KekId) -> Report {
         for (sums, counts) in [(&mut out.slots_by_kek, &r.slots_by_kek), (&mut out.headers_by_kek, &r.headers_by_kek)] {
             counts.iter().for_each(|(kek, n)| *sums.entry(*kek).or_default() += n);
         }
-        out.no_header.extend(r.no_header.iter().cloned());
+        no_header.extend(r.no_header.iter().cloned());
         out.shares.extend(r.shares.iter().cloned());
     }
-    out.no_header.truncate(FAILURES_MAX);
+    out.no_header = no_header.to_vec();
     out
 }
 

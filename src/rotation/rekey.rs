@@ -15,7 +15,7 @@ use super::control::{Cancelled, Control};
 use super::estimate::Estimate;
 use super::failures::Failures;
 use super::path::shown;
-use super::report::{FAILURES_MAX, Progress, State};
+use super::report::{Named, Progress, State};
 use super::sweep::LEAVE_AGAIN;
 use super::turns::Turns;
 use crate::backing::{Backing, Kind, Timestamp};
@@ -66,7 +66,7 @@ struct Run<'a, B: Backing> {
     counts: Mutex<RekeyCounts>,
     failures: Failures,
     /// Paths of files that have content and no header, as many as a report names.
-    no_header: Mutex<Vec<String>>,
+    no_header: Mutex<Named<String>>,
     linked: Mutex<Linked<B>>,
     /// Ids of files with several names that are done: another of their names will be met.
     linked_done: Mutex<HashSet<FileId>>,
@@ -189,8 +189,8 @@ pub fn rekey<B: Backing>(
         started,
         finished: now(),
         counts,
-        no_header: run.no_header.into_inner(),
-        failures: run.failures.take().named,
+        no_header: run.no_header.into_inner().to_vec(),
+        failures: run.failures.take().named.to_vec(),
         failures_total: counts.failed,
     })
 }
@@ -374,10 +374,7 @@ impl<B: Backing> Run<'_, B> {
         self.count(|c| {
             c.no_header += 1;
             tracing::warn!(path, "rekey: content without a header");
-            let mut named = self.no_header.lock();
-            if named.len() < FAILURES_MAX {
-                named.push(path);
-            }
+            self.no_header.lock().add(path);
         });
     }
 

@@ -213,6 +213,72 @@ pub enum Outcome {
 
 /// Most failures a report names; it counts all of them.
 pub const FAILURES_MAX: usize = 10_000;
+/// Most bytes of paths and messages of these, so that a report can be sent and read again whatever names files have.
+pub const NAMED_BYTES_MAX: usize = 8 << 20;
+
+/// What a report names of something that there may be any number of: the first, as many as there is room for.
+#[derive(Debug, Clone)]
+pub(super) struct Named<T> {
+    list: Vec<T>,
+    bytes: usize,
+}
+
+impl<T> Default for Named<T> {
+    fn default() -> Self {
+        Self { list: Vec::new(), bytes: 0 }
+    }
+}
+
+impl<T: Text> Named<T> {
+    /// Names `item`, too, if there is room.
+    pub(super) fn add(&mut self, item: T) {
+        let bytes = self.bytes.saturating_add(item.len());
+        if self.list.len() < FAILURES_MAX && bytes <= NAMED_BYTES_MAX {
+            self.bytes = bytes;
+            self.list.push(item);
+        }
+    }
+
+    /// Names all of `items` that there is room for.
+    pub(super) fn extend(&mut self, items: impl IntoIterator<Item = T>) {
+        items.into_iter().for_each(|item| self.add(item));
+    }
+}
+
+impl<T> std::ops::Deref for Named<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.list
+    }
+}
+
+impl<T> IntoIterator for Named<T> {
+    type Item = T;
+    type IntoIter = std::vec::IntoIter<T>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.list.into_iter()
+    }
+}
+
+/// What takes room in a report.
+pub(super) trait Text {
+    /// Bytes of its paths and messages.
+    fn len(&self) -> usize;
+}
+
+impl Text for Failure {
+    fn len(&self) -> usize {
+        self.path.len() + self.message.len()
+    }
+}
+
+impl Text for String {
+    fn len(&self) -> usize {
+        self.as_str().len()
+    }
+}
 
 /// The account of a run that ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -256,11 +322,11 @@ pub struct Report {
     /// Waivers that were not needed: nothing failed at these paths.
     #[serde(default)]
     pub waivers_unused: Vec<String>,
-    /// Files that the last scan found to have content and no header ([`Counts::no_header`]), at most [`FAILURES_MAX`] of
-    /// them. They are no failures: what is proved of headers is proved, and says nothing of these.
+    /// Files that the last scan found to have content and no header ([`Counts::no_header`]), as many as there is room for
+    /// ([`FAILURES_MAX`], [`NAMED_BYTES_MAX`]). They are no failures: what is proved of headers is proved, and says nothing of these.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub no_header: Vec<String>,
-    /// Failures that were not waived, at most [`FAILURES_MAX`] of them.
+    /// Failures that were not waived, as many as there is room for ([`FAILURES_MAX`], [`NAMED_BYTES_MAX`]).
     pub failures: Vec<Failure>,
     /// All of these, also those not named.
     pub failures_total: u64,

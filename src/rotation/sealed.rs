@@ -19,8 +19,8 @@ use crate::crypto::seal::{Seal, SealKey, hash_from, hex};
 use crate::crypto::secret::StoreSecret;
 use serde::{Deserialize, Serialize};
 
-/// Longest file in bytes that is read as a report. One that names as many failures as it may, with the longest paths, is
-/// shorter.
+/// Longest file in bytes that is read as a report. One that names as much as it may, all of it in characters that JSON
+/// escapes, is shorter.
 pub const LONGEST: usize = 128 << 20;
 
 const OPENS: &str = "{\n  \"report\": ";
@@ -71,6 +71,9 @@ impl SealedReport {
 mod tests {
     use super::*;
     use crate::format::ids::{KekId, StoreId};
+    use crate::rotation::failures::Failed;
+    use crate::rotation::report::{FAILURES_MAX, Named};
+    use crate::rotation::waive::BYTES_MAX;
     use crate::rotation::{Counts, Failure, Outcome};
     use proptest::prelude::*;
 
@@ -142,6 +145,31 @@ mod tests {
         for at in 0..file.len() {
             assert!(!is_genuine(&file[..at], &key), "cut at {at}");
         }
+    }
+
+    /// A report with paths of backslashes was longer than what is read, and so was taken for one that was changed.
+    #[test]
+    fn the_longest_report_that_there_can_be_is_read_again() {
+        let path = |n: usize| format!("{n:05}{}", "\\\\".repeat(4091));
+        let mut failed = Failed::default();
+        let failure = |n| Failure { path: path(n), code: "c".into(), message: "m".into(), directory: true };
+        (0..FAILURES_MAX).for_each(|n| failed.add(failure(n)));
+        assert_eq!(failed.total, FAILURES_MAX as u64);
+        // Waived is no more than was on the list.
+        let mut waived: Vec<Failure> = (0..BYTES_MAX / path(0).len()).map(failure).collect();
+        waived.resize_with(FAILURES_MAX, || Failure { path: String::new(), message: "m".repeat(400), ..failure(0) });
+        let mut no_header = Named::default();
+        no_header.extend((0..FAILURES_MAX).map(path));
+        let waivers_unused = waived.iter().map(|f| f.path.clone()).collect();
+        let r = Report { waived, waivers_unused, no_header: no_header.to_vec(), ..report(failed.named.to_vec()) };
+        let key = key();
+        let sealed = SealedReport::new(&r, &key);
+        let file = sealed.to_file();
+        assert!(file.len() <= LONGEST, "{}", file.len());
+        assert!(is_genuine(file.as_bytes(), &key));
+        // The daemon sends it, and its text once more as JSON.
+        let sent = file.len() + serde_json::to_string(&sealed).unwrap().len();
+        assert!(sent < 2 * LONGEST - (1 << 20), "{sent}");
     }
 
     /// JSON allows what means the same to be written in many ways; the seal does not.

@@ -4,7 +4,7 @@ use super::control::Cancelled;
 use super::destroy::PATHS_MAX;
 use super::failures::Failures;
 use super::pass::{Item, Visitor};
-use super::report::{Counts, FAILURES_MAX};
+use super::report::{Counts, Named};
 use super::rewrap::{Look, Standing, judge, look};
 use super::turns::Turns;
 use crate::backing::{Access, Backing, Kind};
@@ -33,8 +33,8 @@ pub(super) struct Found {
     pub(super) by_kek: BTreeMap<KekId, u64>,
     /// Headers by each KEK that one of their valid slots names.
     pub(super) headers: BTreeMap<KekId, u64>,
-    /// Paths of files with content and no header that nobody waived, at most [`FAILURES_MAX`] of them; `counts` has all.
-    pub(super) no_header: Vec<String>,
+    /// Paths of files with content and no header that nobody waived, as many as a report names; `counts` has all.
+    pub(super) no_header: Named<String>,
     /// Headers of which a slot names the KEK that none should.
     pub(super) unwanted: u64,
     /// The first few of them.
@@ -180,9 +180,7 @@ impl<B: Backing> Verify<'_, B> {
         }
         found.counts.no_header += 1;
         tracing::warn!(path, "rotation: content without a header");
-        if found.no_header.len() < FAILURES_MAX {
-            found.no_header.push(path);
-        }
+        found.no_header.add(path);
         Ok(())
     }
 
@@ -220,7 +218,6 @@ impl<B: Backing> Visitor<B> for Verify<'_, B> {
         all.left.extend(found.left);
         all.unsaid += found.unsaid;
         all.no_header.extend(found.no_header);
-        all.no_header.truncate(FAILURES_MAX);
         for (kek, n) in found.by_kek {
             *all.by_kek.entry(kek).or_default() += n;
         }

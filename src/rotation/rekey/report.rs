@@ -166,7 +166,7 @@ pub struct RekeyReport {
     pub counts: RekeyCounts,
     /// Files with content and no header ([`RekeyCounts::no_header`]), at most as many as failures.
     pub no_header: Vec<String>,
-    /// Failures, at most [`FAILURES_MAX`](crate::rotation::report::FAILURES_MAX) of them; paths are from the root of the store.
+    /// Failures, as many as any report names ([`FAILURES_MAX`](crate::rotation::report::FAILURES_MAX)); paths are from the root of the store.
     pub failures: Vec<Failure>,
     /// All failures, also those not named.
     pub failures_total: u64,

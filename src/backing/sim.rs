@@ -499,6 +499,11 @@ impl Backing for SimDisk {
         Ok(done)
     }
 
+    fn read_past_cache(&self, file: &SimFile, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let n = super::read_into(self, file, buf, offset)?;
+        Ok(self.state().inode(file.node.ino)?.content.as_on_platter(offset, &mut buf[..n]))
+    }
+
     fn write_at(&self, file: &SimFile, data: &[u8], offset: u64) -> io::Result<()> {
         self.check(&[&file.node])?;
         file.check_write(libc::EBADF)?;

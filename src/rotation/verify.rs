@@ -86,7 +86,10 @@ fn needs(pair: &SlotPair, store: StoreId) -> Needs {
 
 enum Seen {
     Header(Box<(SlotPair, [u8; SLOTS_LEN])>),
-    NoHeader,
+    NoHeader {
+        /// The page cache has one: its writeback failed, and it was told to nobody.
+        cached: bool,
+    },
     Empty,
     Gone,
     /// No regular file, or one that another program keeps under a name like ours.
@@ -110,7 +113,11 @@ impl<B: Backing> Verify<'_, B> {
         Ok(match read_header(b, &file, Source::Disk)? {
             Header::None => Seen::Empty,
             Header::Zeros if item.reserved => Seen::NotOurs,
-            Header::Zeros => Seen::NoHeader,
+            Header::Zeros => {
+                let cached = locked.then(|| read_header(b, &file, Source::Cache)).transpose()?;
+                let is_whole = |h| matches!(h, Header::Slots(read) if read.0.authoritative().is_ok());
+                Seen::NoHeader { cached: cached.is_some_and(is_whole) }
+            }
             Header::Slots(read) => match (&read.0.a, &read.0.b) {
                 (Err(Damage::HeaderMagic), Err(Damage::HeaderMagic)) if item.reserved => Seen::NotOurs,
                 _ => Seen::Header(read),
@@ -121,8 +128,8 @@ impl<B: Backing> Verify<'_, B> {
     fn judge(&self, item: &Item<B>, locked: bool, found: &mut Found, said: &mut Needs) -> StoreResult<()> {
         let (pair, bytes) = match self.read(item, locked)? {
             Seen::Header(read) => *read,
-            Seen::NoHeader if !locked => return self.judge(item, true, found, said),
-            Seen::NoHeader => return self.no_header(item.shown(), found, said),
+            Seen::NoHeader { .. } if !locked => return self.judge(item, true, found, said),
+            Seen::NoHeader { cached } => return self.no_header(item.shown(), cached, found, said),
             Seen::Empty => {
                 found.counts.empty += 1;
                 return Ok(());
@@ -172,9 +179,12 @@ impl<B: Backing> Verify<'_, B> {
     }
 
     /// No header names a KEK here, so nothing is left undone, and nothing is proved of the file either: it is told. For one
-    /// that is waived somebody answers, as for any other that does not open.
-    fn no_header(&self, path: String, found: &mut Found, said: &mut Needs) -> StoreResult<()> {
-        if self.failures.is_waived(&path) {
+    /// that is waived somebody answers, as for any other that does not open. One that only the page cache has is lost with the
+    /// next boot: the next sweep is to write it again.
+    fn no_header(&self, path: String, cached: bool, found: &mut Found, said: &mut Needs) -> StoreResult<()> {
+        if cached {
+            found.behind += 1;
+        } else if self.failures.is_waived(&path) {
             *said = Needs::Keks(Vec::new());
             return Err(Damage::HeaderMagic.into());
         }

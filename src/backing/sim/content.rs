@@ -28,6 +28,8 @@ pub(super) struct Content {
     reserved: BTreeSet<u64>,
     durable: BTreeMap<u64, Arc<Page>>,
     events: BTreeMap<u64, Vec<Event>>,
+    /// Pages whose writeback failed: zeros on the platter, and in the cache as if they were clean.
+    unwritten: BTreeSet<u64>,
 }
 
 /// The page that byte `offset` is in, and where in it.
@@ -61,6 +63,22 @@ impl Content {
         }
     }
 
+    /// Makes of what was read, at most a page at its beginning, what a reader past the cache sees. Returns its length.
+    pub(super) fn as_on_platter(&self, offset: u64, read: &mut [u8]) -> usize {
+        if self.unwritten.contains(&locate(offset).0) {
+            read.fill(0);
+        }
+        read.len()
+    }
+
+    /// The page of `offset` is lost on its way to the platter, and whoever waits for it hears nothing.
+    pub(super) fn fail_writeback(&mut self, offset: u64) {
+        let (index, _) = locate(offset);
+        self.durable.remove(&index);
+        self.events.remove(&index);
+        self.unwritten.insert(index);
+    }
+
     /// Whether writing to the page of `offset` takes no new space.
     pub(super) fn has_space_at(&self, offset: u64) -> bool {
         let (index, _) = locate(offset);
@@ -71,6 +89,7 @@ impl Content {
     pub(super) fn write_in_page(&mut self, offset: u64, data: &[u8]) {
         let (index, at) = locate(offset);
         self.reserved.remove(&index);
+        self.unwritten.remove(&index);
         let page = self.now.entry(index).or_insert_with(|| Arc::new([0; PAGE_LEN]));
         Arc::make_mut(page)[at..at + data.len()].copy_from_slice(data);
         let events = self.events.entry(index).or_default();
@@ -115,6 +134,7 @@ impl Content {
             } else if let Some(page) = self.now.get_mut(&index) {
                 Arc::make_mut(page)[from..to].fill(0);
             }
+            self.unwritten.remove(&index);
             self.events.entry(index).or_default().push(Event::Cut { seq, from, to });
         }
         self.reserved.retain(|i| *i < first || *i > last || (*i == first && first_at > 0));
@@ -181,6 +201,7 @@ impl Content {
             Arc::make_mut(page)[at..at + len].copy_from_slice(&data[done..done + len]);
             self.durable.insert(index, Arc::clone(page));
             self.events.remove(&index);
+            self.unwritten.remove(&index);
             done += len;
         }
     }

@@ -81,6 +81,14 @@ impl SimDisk {
         self.write_raw(path, offset, &[byte[0] ^ (1 << bit)])
     }
 
+    /// Loses the page at `offset` of a regular file on its way to the platter, of which nobody hears: it stays in the cache
+    /// until it is written again.
+    pub fn fail_writeback(&self, path: impl AsRef<[u8]>, offset: u64) -> io::Result<()> {
+        let mut state = self.state();
+        let ino = find(&state, path.as_ref())?;
+        state.with_content(ino, |content| content.fail_writeback(offset))
+    }
+
     /// Copies `len` bytes between regular files, or within one; what lies beyond the end of `from` is zeros.
     pub fn copy_raw(
         &self,

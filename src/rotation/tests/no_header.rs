@@ -6,6 +6,7 @@ use crate::backing::sim::PowerCut;
 use crate::format::geometry::PAGE;
 use crate::format::names::Listed;
 use crate::rotation::waive::Waivers;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A filled store after a power cut that took the first page of a new file and, since its name is long, the file that has
 /// the rest of it: the disk, its root key, what was synced, and the path.
@@ -125,4 +126,35 @@ fn whoever_answers_for_it_or_removes_it_has_the_old_kek_destroyed() {
     let report = rotate(&open(disk.clone(), &root), &destroying).unwrap();
     assert_eq!((report.outcome, report.destroyed.len(), report.kept.len()), (Outcome::Complete, 1, 0), "{report:?}");
     assert_eq!(read_all(&open(disk, &root)), tree);
+}
+
+/// The page cache holds as if it were clean what never got to the disk. The file was told as one whose header is lost, to be
+/// removed or put back, while it could be read, and saved by writing it once more.
+#[test]
+fn a_header_that_only_the_page_cache_has_is_written_again() {
+    let (disk, root, tree) = filled();
+    let store = open(disk.clone(), &root);
+    let old = active(&store.shared().keys);
+    rotate(&store, &one_job()).unwrap();
+    let path = content_files(&disk).remove(0);
+    disk.fail_writeback(&path, 0).unwrap();
+    // Nothing says so but a look at the disk, and nothing is destroyed before it is there again.
+    let dry = rotate(&store, &Options { dry_run: true, ..one_job() }).unwrap();
+    assert_eq!((dry.verify.unwrap().no_header, &dry.no_header[..]), (1, &[text(&path).to_owned()][..]));
+    assert!(destroy(&store, old).unwrap_err().to_string().contains("has content and no header"));
+    // The sweep moves it to the new KEK, and its page is lost again, once.
+    let (destroying, seen) = (Options { destroy_old: true, ..one_job() }, AtomicBool::new(false));
+    let report = rotate_with(&store, &destroying, |s| {
+        if s.state == State::Verifying && !seen.swap(true, Ordering::Relaxed) {
+            disk.fail_writeback(&path, 0).unwrap();
+        }
+    })
+    .unwrap();
+    assert_eq!((report.outcome, report.no_header.len(), report.verify.unwrap().no_header), (Outcome::Complete, 0, 0));
+    assert_eq!((report.passes, report.verify.unwrap().current), (4, 5), "swept and scanned twice: {report:?}");
+    assert!(report.kept.is_empty() && report.destroyed.contains(&old));
+    // What is on the disk now is enough.
+    drop(store);
+    let cut = disk.crash_power(1, PowerCut::Reorder { tear: false });
+    assert_eq!(read_all(&open(cut, &root)), tree);
 }

@@ -96,6 +96,12 @@ fn fault(ring: &Keyring, unusable: &std::collections::HashMap<KekId, KmsError>) 
 }
 
 impl Keys {
+    /// Has the last reading have ended at this time.
+    #[cfg(test)]
+    pub(super) fn ended_at(&self, at: Instant) {
+        self.renewal.lock().last.iter_mut().for_each(|r| r.ended = at);
+    }
+
     /// Whether the keyring on disk may know more of the KEK `id` than the one in force.
     pub(in crate::store) fn may_be_news(&self, id: KekId) -> bool {
         self.state.read().ring.kek(id).is_none_or(|k| k.state == KekState::Pending)

@@ -63,7 +63,7 @@ fn a_backup_of_the_backing_directory_in_mid_rotation_restores_and_opens() {
     let b = Bench::mounted();
     fill(&b.path("mnt"));
     let want = tree(&b.path("mnt"));
-    b.ok("rotate mnt --detach --rate 400 --jobs 1");
+    b.ok("rotate mnt --detach --rate 100 --jobs 1");
     // While it goes on, and while it is paused.
     wait_for("the sweep", || is_in_mid_sweep(&b));
     copy(&b, "going");

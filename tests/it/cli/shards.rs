@@ -126,7 +126,7 @@ fn a_shard_that_was_killed_is_started_again_and_keeps_others_out_while_it_runs()
         return;
     }
     let b = with_files(400);
-    let mut slow = b.spawn("rotate back --shard 1/2 --rate 10");
+    let mut slow = b.spawn("rotate back --shard 1/2 --rate 3");
     wait_for("the shard's sweep", || b.path("back/.envelopefs/rotation/shard-1-of-2.journal").exists());
     refused(&b, "mount back mnt", 7, &["for rotate shard 1 of 2)"]);
     refused(&b, "rotate back", 7, &["is in use"]);
@@ -150,7 +150,7 @@ fn a_shard_that_was_killed_is_started_again_and_keeps_others_out_while_it_runs()
     refused(&b, "rotate back --merge", 9, &short);
     assert!(unfinished(&b));
     // Cancelled in order, it leaves no report that says it was done.
-    let slow = b.spawn("rotate back --shard 1/2 --rate 10");
+    let slow = b.spawn("rotate back --shard 1/2 --rate 3");
     wait_for("the shard's locks", || b.run("rotate back --merge").status.code() == Some(7));
     rustix::process::kill_process(rustix::process::Pid::from_child(&slow), rustix::process::Signal::TERM).unwrap();
     assert_eq!(ended(slow).status.code(), Some(9));

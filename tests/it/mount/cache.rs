@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::support::{Mount, drop_caches, needs_root, noise, open_rw};
+use super::support::{Mount, caches_stay, drop_caches, needs_root, noise, open_rw};
 
 /// The only regular file in the backing directory's root that is not the store's own.
 fn backing_file(m: &Mount) -> PathBuf {
@@ -27,6 +27,7 @@ fn size(p: &Path) -> u64 {
 
 #[test]
 fn with_the_writeback_cache_small_writes_wait_for_each_other() {
+    let _stay = caches_stay();
     let m = Mount::new();
     let mut f = OpenOptions::new().append(true).create(true).open(m.path("f")).unwrap();
     for i in 0..1000u32 {
@@ -58,6 +59,7 @@ fn without_the_writeback_cache_every_write_arrives_at_once() {
 
 #[test]
 fn pages_stay_cached_from_one_open_to_the_next() {
+    let _stay = caches_stay();
     let m = Mount::new();
     fs::write(m.path("f"), noise(1, 100_000)).unwrap();
     let m = m.remount();

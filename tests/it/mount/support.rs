@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use envelopefs::backing::posix::Posix;
@@ -247,9 +247,18 @@ pub fn open_rw(path: impl AsRef<Path>) -> File {
 }
 
 /// Drops the kernel's caches of pages, names and inodes that nobody uses, so that the daemon is asked again. Root only.
+/// Not while a test looks at what the kernel keeps: this is about every file system of the machine.
 pub fn drop_caches() {
+    let _alone = KERNEL_CACHES.write().unwrap_or_else(PoisonError::into_inner);
     rustix::fs::sync();
     let _ = fs::write("/proc/sys/vm/drop_caches", "3");
+}
+
+static KERNEL_CACHES: RwLock<()> = RwLock::new(());
+
+/// Until this is dropped, no test has the kernel write out or forget what it keeps.
+pub fn caches_stay() -> RwLockReadGuard<'static, ()> {
+    KERNEL_CACHES.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until the clock that the kernel takes times from has moved on.

@@ -250,11 +250,11 @@ fn a_rekey_with_a_key_in_the_service_goes_on_after_an_outage() {
     fs::write(b.path("config.toml"), config).unwrap();
     b.ok("init back --key vault://transit/k --kek external --plaintext-names --config DIR/config.toml");
     b.ok("mount back mnt --config DIR/config.toml --log-file DIR/log");
-    let content = |n: usize| vec![n as u8; 400_000];
+    let content = |n: usize| vec![n as u8; 1_000_000];
     (0..FILES).for_each(|n| fs::write(b.path(&format!("mnt/{n}")), content(n)).unwrap());
     let id = |n: usize| b.json(&format!("inspect back/{n} --json"))["slots"][0]["file_id"].clone();
     let before: Vec<_> = (0..FILES).map(id).collect();
-    // Less than three files a second: it is in the middle for a while.
+    // A file a second: it is in the middle for a while.
     b.ok("rekey mnt --rate 1 --jobs 1 --detach");
     let rekey = || b.json("status mnt --json")["daemon"]["rekey"].clone();
     wait_for("some files to be done", || rekey()["status"]["counts"]["rekeyed"].as_u64() >= Some(2));

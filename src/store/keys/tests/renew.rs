@@ -5,7 +5,7 @@ use crate::backing::sim::{Moment, Op};
 use crate::store::dek_cache::{DekCache, DekCacheLimits};
 use crate::store::shared::Shared;
 use std::sync::atomic::AtomicUsize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A keyring, who changes it, and somebody who only reads the store.
 fn pair() -> (SimDisk, Arc<Scripted>, Keys, Keys) {
@@ -141,12 +141,15 @@ fn a_service_that_is_away_is_told_as_such_and_asked_again_later() {
     s.then(Call::Unwrap, Behaviour::Fail(KmsError::Unreachable("gone".into())));
     let shared = Shared::new(disk.clone(), reader, DekCache::new(DekCacheLimits::default()), true);
     let asked = s.count(Call::Unwrap);
+    let now = Instant::now();
     for _ in 0..3 {
         assert!(matches!(shared.kek(new), Err(StoreError::Kms(KmsError::Unreachable(_)))));
+        // Not a second ago, however slow the machine is.
+        shared.keys.ended_at(now + Duration::from_secs(3600));
     }
     assert_eq!(s.count(Call::Unwrap), asked + 1);
     assert_eq!((active_id(&shared.keys), shared.kek(old).unwrap().id()), (old, old), "what was, goes on");
-    std::thread::sleep(Duration::from_secs(1));
+    shared.keys.ended_at(now.checked_sub(Duration::from_secs(1)).unwrap());
     assert_eq!(shared.kek(new).unwrap().id(), new);
 }
 

@@ -90,10 +90,11 @@ impl Server {
     /// Stops it from answering, without ending it; [`Server::thaw`] lets it go on.
     ///
     /// kill(2) returns before the threads of another process have stopped, and one that still runs may answer once more:
-    /// this waits for the last of them (waitid(2), `WSTOPPED`).
+    /// this waits for the last of them (waitid(2), `WSTOPPED`). One that has ended is told, and not waited for.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
-        let stopped = waitid(WaitId::Pid(self.pid()), WaitIdOptions::STOPPED).unwrap().expect("waits for it");
+        let how = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        let stopped = waitid(WaitId::Pid(self.pid()), how).unwrap().expect("waits for it");
         assert!(stopped.stopped(), "{stopped:?}: {}", self.log());
     }
 

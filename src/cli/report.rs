@@ -161,7 +161,7 @@ fn in_words(r: &Report) -> String {
         t += &format!("moved      {} headers to KEK {}\n", r.sweep.rewrapped, r.target);
     }
     match &r.verify {
-        Some(v) => t += &format!("scanned    {} files, {} of them without a header\n", v.scanned, v.empty),
+        Some(v) => t += &format!("scanned    {} files, {} of them empty\n", v.scanned, v.empty),
         None => t += "scanned    nothing: it ended before the scan that counts headers\n",
     }
     for (kek, n) in &r.headers_by_kek {

@@ -365,7 +365,7 @@ fn text(r: &Report) -> String {
         _ => moved(r) + "\n",
     };
     if let Some(v) = r.verify.filter(|_| r.outcome != Outcome::DryRun) {
-        t += &format!("verified: {} headers under it in both slots, {} files without a header\n", v.current, v.empty);
+        t += &format!("verified: {} headers under it in both slots, {} empty files\n", v.current, v.empty);
     }
     for k in &r.retired {
         t += &format!("retired KEK {k}\n");
@@ -403,7 +403,7 @@ fn counted(r: &Report) -> String {
     let c = r.verify.unwrap_or_default();
     let todo = c.scanned.saturating_sub(c.current + c.empty + c.no_header + c.vanished + c.failed);
     format!(
-        "dry run: {} files, {} without a header, {} under KEK {} already, {todo} to move\n",
+        "dry run: {} files, {} empty, {} under KEK {} already, {todo} to move\n",
         c.scanned, c.empty, c.current, r.target
     )
 }

@@ -100,7 +100,7 @@ fn rotate_on_the_mount_moves_every_file_and_says_so() {
         return;
     }
     let b = with_files(3);
-    let report = "complete: 3 files moved to KEK ID\nverified: 3 headers under it in both slots, 0 files without a header\n\
+    let report = "complete: 3 files moved to KEK ID\nverified: 3 headers under it in both slots, 0 empty files\n\
                   retired KEK ID\n";
     let advice = |at| {
         format!(

@@ -37,7 +37,7 @@ const COMPLETE: &str = "genuine: sealed with the key of store ID by envelopefs 0
                         rotation   complete\n\
                         keyring    generation 4 at the end\n\
                         moved      3 headers to KEK ID\n\
-                        scanned    3 files, 0 of them without a header\n\
+                        scanned    3 files, 0 of them empty\n\
                         headers    3 under KEK ID\n\
                         retired    KEK ID\n\
                         failures   0\n\
@@ -53,7 +53,7 @@ fn a_report_of_a_mounted_store_is_written_and_verified_through_the_daemon() {
     let b = with_files(3);
     fs::write(b.path("r"), "an older one").unwrap();
     b.chmod("r", 0o644);
-    let said = "complete: 3 files moved to KEK ID\nverified: 3 headers under it in both slots, 0 files without a header\n\
+    let said = "complete: 3 files moved to KEK ID\nverified: 3 headers under it in both slots, 0 empty files\n\
                 retired KEK ID\nreport written to DIR/r\n";
     let advice =
         "envelopefs: the keyring has changed: keep a copy outside of the store (envelopefs key export mnt FILE)\n";

@@ -209,13 +209,13 @@ fn rotate_a_store_that_is_not_mounted() {
     b.says(
         "rotate back",
         0,
-        "complete: 0 files moved to KEK ID\nverified: 0 headers under it in both slots, 0 files without a header\n\
+        "complete: 0 files moved to KEK ID\nverified: 0 headers under it in both slots, 0 empty files\n\
          retired KEK ID\n",
         "envelopefs: the keyring has changed: keep a copy outside of the store (envelopefs key export back FILE)\n",
     );
     let o = b.ok("rotate back --destroy-old");
     assert_eq!(o.matches("destroyed KEK ID\n").count(), 2, "{o}");
-    b.says("rotate back --dry-run", 0, "dry run: 0 files, 0 without a header, 0 under KEK ID already, 0 to move\n", "");
+    b.says("rotate back --dry-run", 0, "dry run: 0 files, 0 empty, 0 under KEK ID already, 0 to move\n", "");
     let not_mounted = "the store is not mounted; mount it first with: envelopefs mount BACKING MOUNTPOINT";
     b.fails("rotate back --pause", 10, &format!("DIR/back: no rotation is under way: {not_mounted}"));
     b.fails(

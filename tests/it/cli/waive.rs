@@ -309,7 +309,7 @@ fn a_dry_run_counts_files() {
     }
     let b = with_files(2);
     fs::write(b.path("mnt/empty"), "").unwrap();
-    b.says("rotate mnt --dry-run", 0, "dry run: 4 files, 1 without a header, 3 under KEK ID already, 0 to move\n", "");
+    b.says("rotate mnt --dry-run", 0, "dry run: 4 files, 1 empty, 3 under KEK ID already, 0 to move\n", "");
 }
 
 /// No daemon can be asked: the journal says how it stands, and the lock that it is under way.

@@ -232,6 +232,32 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
+/// What rotate and rekey have in common: work that a daemon does and that can be steered.
+#[derive(Debug, Args)]
+pub struct WorkArgs {
+    /// Take no heed of what users of the store wait meanwhile; without: as fast as they hardly feel it
+    #[arg(long)]
+    pub full_speed: bool,
+    /// Count what would be done, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Leave the work to the daemon and return
+    #[arg(long, conflicts_with = "steer")]
+    pub detach: bool,
+    /// Pause what is under way
+    #[arg(long, group = "steer")]
+    pub pause: bool,
+    /// Let what is paused go on
+    #[arg(long, group = "steer")]
+    pub resume: bool,
+    /// Stop what is under way; a later run of the same command finishes it
+    #[arg(long, group = "steer")]
+    pub cancel: bool,
+    /// Say how what is under way stands, or how the last run ended
+    #[arg(long, group = "steer")]
+    pub status: bool,
+}
+
 #[derive(Debug, Args)]
 pub struct RotateArgs {
     /// Mount point or backing directory
@@ -251,9 +277,8 @@ pub struct RotateArgs {
     /// At most N files a second
     #[arg(long, value_name = "N")]
     pub rate: Option<NonZeroU32>,
-    /// Take no heed of what users of the store wait meanwhile; without: as fast as they hardly feel it
-    #[arg(long)]
-    pub full_speed: bool,
+    #[command(flatten)]
+    pub work: WorkArgs,
     /// N worker threads, for the sweep and for the scan
     #[arg(long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
@@ -263,27 +288,9 @@ pub struct RotateArgs {
     /// Do nothing unless the active KEK has been in use for AGE, such as 90d, 12h, 30m or 45s, or a rotation is unfinished
     #[arg(long, value_name = "AGE", value_parser = age)]
     pub if_older_than: Option<u64>,
-    /// Count what would be done, change nothing
-    #[arg(long)]
-    pub dry_run: bool,
     /// Make a new KEK even though an earlier rotation is unfinished; without: finish that one
     #[arg(long)]
     pub restart: bool,
-    /// Leave the rotation to the daemon and return
-    #[arg(long)]
-    pub detach: bool,
-    /// Pause the rotation under way
-    #[arg(long, group = "steer")]
-    pub pause: bool,
-    /// Let a paused rotation go on
-    #[arg(long, group = "steer")]
-    pub resume: bool,
-    /// Stop the rotation under way; a later rotate finishes it
-    #[arg(long, group = "steer")]
-    pub cancel: bool,
-    /// Say how the rotation under way stands, or how the last one ended
-    #[arg(long, group = "steer")]
-    pub status: bool,
     /// Be complete although what FILE lists fails: a path a line, as a report's failures name it
     #[arg(long, value_name = "FILE", conflicts_with = "steer")]
     pub waive: Option<PathBuf>,
@@ -296,7 +303,7 @@ pub struct RotateArgs {
     /// Write a copy of the keyring with the new KEK to FILE before the new KEK is used; an older copy of this store's is replaced
     #[arg(long, value_name = "FILE", conflicts_with_all = ["steer", "dry_run"])]
     pub export: Option<PathBuf>,
-    /// Move the K-th of N shares of the files, on one of N machines that share the file system of an unmounted store
+    /// Move the K-th of N shares of the files, on one of N machines that share the file system of a store that is not mounted, or only read-only
     #[arg(long, value_name = "K/N", conflicts_with_all = ["steer", "detach", "dry_run", "restart", "destroy_old", "waive", "keys", "merge"])]
     pub shard: Option<crate::rotation::Shard>,
     /// End a rotation that --shard runs have done, from their reports in the store or in FILEs
@@ -321,33 +328,14 @@ pub struct RekeyArgs {
     /// At most N megabytes of content a second
     #[arg(long, value_name = "N")]
     pub rate: Option<NonZeroU32>,
-    /// Take no heed of what users of the store wait meanwhile; without: as fast as they hardly feel it
-    #[arg(long)]
-    pub full_speed: bool,
+    #[command(flatten)]
+    pub work: WorkArgs,
     /// N worker threads
     #[arg(long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
-    /// Count what would be done, change nothing
-    #[arg(long)]
-    pub dry_run: bool,
     /// Begin anew; without: go on with an unfinished rekey of the same paths and options
     #[arg(long)]
     pub restart: bool,
-    /// Leave the rekey to the daemon and return
-    #[arg(long, conflicts_with = "steer")]
-    pub detach: bool,
-    /// Pause the rekey under way
-    #[arg(long, group = "steer")]
-    pub pause: bool,
-    /// Let a paused rekey go on
-    #[arg(long, group = "steer")]
-    pub resume: bool,
-    /// Stop the rekey under way; a later one of the same paths and options goes on with it
-    #[arg(long, group = "steer")]
-    pub cancel: bool,
-    /// Say how the rekey under way stands, or how the last one ended
-    #[arg(long, group = "steer")]
-    pub status: bool,
     /// One JSON object at the end
     #[arg(long)]
     pub json: bool,

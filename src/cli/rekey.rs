@@ -3,7 +3,7 @@
 use super::args::RekeyArgs;
 use super::place::Place;
 use super::progress::Meter;
-use super::rotate::switch;
+use super::rotate::steering;
 use super::{output, rekey_status};
 use crate::daemon::fault::{Fault, FaultKind};
 use crate::daemon::mounts;
@@ -26,10 +26,10 @@ rotate come first and then rekey: new file keys are wrapped under the KEK that i
 /// [`FaultKind::RekeyIncomplete`] if files are left; [`FaultKind::NotMounted`]; [`FaultKind::RotationRunning`]; the
 /// store's.
 pub fn run(a: &RekeyArgs) -> Result<(), Fault> {
-    if a.status {
+    if a.work.status {
         return rekey_status::run(&place(a)?, a.json);
     }
-    if let Some(how) = switch(a.pause, a.resume, a.cancel) {
+    if let Some(how) = steering(&a.work) {
         let place = place(a)?;
         let c = place.connect()?.ok_or_else(|| {
             let text = format!("{}: no rekey is under way: the store is not mounted", place.backing.display());
@@ -45,13 +45,13 @@ pub fn run(a: &RekeyArgs) -> Result<(), Fault> {
         written_before: a.written_before,
         kek: a.kek,
         rate: a.rate,
-        full_speed: a.full_speed,
+        full_speed: a.work.full_speed,
         jobs: a.jobs,
-        dry_run: a.dry_run,
+        dry_run: a.work.dry_run,
         restart: a.restart,
     };
     let meter = Meter::new(a.json);
-    let request = Request::Rekey { asked, detach: a.detach };
+    let request = Request::Rekey { asked, detach: a.work.detach };
     let reply = connection.ask_rekey(&request, |s| show(&meter, s)).map_err(|f| f.about(&mountpoint))?;
     meter.end();
     match reply {

@@ -1,6 +1,6 @@
 //! `rotate`: through the daemon if the store is mounted, here if it is not.
 
-use super::args::RotateArgs;
+use super::args::{RotateArgs, WorkArgs};
 use super::config::Config;
 use super::keyring::ExportFile;
 use super::place::Place;
@@ -30,7 +30,7 @@ use std::time::Duration;
 /// [`FaultKind::Locked`]; root keys; the store's.
 pub fn run(a: &RotateArgs) -> Result<(), Fault> {
     let place = Place::find(&a.target)?;
-    if a.status {
+    if a.work.status {
         return rotation_status::run(&place, a.json);
     }
     match (a.shard, &a.merge) {
@@ -39,7 +39,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
         (None, None) => {}
     }
     let connection = place.connect().map_err(|f| beside(&place, f))?;
-    if let Some(how) = switch(a.pause, a.resume, a.cancel) {
+    if let Some(how) = steering(&a.work) {
         let c = connection.ok_or_else(|| not_mounted(&place, "no rotation is under way: the store is not mounted"))?;
         return c.ask(&Request::Steer { what: Work::Rotation, how }, |_| {}).map(drop);
     }
@@ -56,13 +56,13 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
                 keys: a.keys.iter().map(|k| root_keys::for_daemon(k, &a.open.access)).collect::<Result<_, _>>()?,
                 kek: a.kek.map(Into::into),
                 rate: a.rate,
-                full_speed: a.full_speed,
+                full_speed: a.work.full_speed,
                 jobs: a.jobs,
                 patience: a.patience,
                 if_older_than: a.if_older_than,
-                dry_run: a.dry_run,
+                dry_run: a.work.dry_run,
                 restart: a.restart,
-                detach: a.detach,
+                detach: a.work.detach,
                 destroy_old: a.destroy_old,
                 waive: waive.paths().map(str::to_owned).collect(),
                 staged: None,
@@ -87,7 +87,7 @@ pub fn run(a: &RotateArgs) -> Result<(), Fault> {
                 _ => output::print("rotation started; follow it with: envelopefs status\n"),
             }
         }
-        None if a.detach => {
+        None if a.work.detach => {
             Err(not_mounted(&place, "--detach leaves the rotation to the daemon: the store is not mounted"))
         }
         None => offline(a, &place, file, export, waive),
@@ -103,15 +103,15 @@ fn beside(place: &Place, f: Fault) -> Fault {
 }
 
 /// Which switch of a run is asked for, if one is.
-pub(super) fn switch(pause: bool, resume: bool, cancel: bool) -> Option<Switch> {
-    let all = [(pause, Switch::Pause), (resume, Switch::Resume), (cancel, Switch::Cancel)];
+pub(super) fn steering(a: &WorkArgs) -> Option<Switch> {
+    let all = [(a.pause, Switch::Pause), (a.resume, Switch::Resume), (a.cancel, Switch::Cancel)];
     all.into_iter().find_map(|(asked, how)| asked.then_some(how))
 }
 
 /// Where the report goes, if there is to be one.
 pub(super) fn report_file(a: &RotateArgs, place: &Place) -> Result<Option<ReportFile>, Fault> {
     let Some(path) = &a.report else { return Ok(None) };
-    if a.detach {
+    if a.work.detach {
         let text = "--report needs somebody who waits for the end: leave out --detach, or count later what names which \
                     KEK with rotate --dry-run --report";
         return Err(Fault::new(FaultKind::Usage, text));
@@ -164,11 +164,11 @@ fn offline(
         kek: a.kek.map(Into::into),
         root: root_keys::for_new_kek(&open::parse(&a.keys)?, &new)?,
         rate: a.rate,
-        full_speed: a.full_speed,
+        full_speed: a.work.full_speed,
         jobs: a.jobs,
         patience: Duration::from_secs(a.patience),
         if_older_than: a.if_older_than,
-        dry_run: a.dry_run,
+        dry_run: a.work.dry_run,
         destroy_old: a.destroy_old,
         waive: Arc::new(waive),
         restart: a.restart,

@@ -34,7 +34,7 @@ pub fn run(a: &RotateArgs, shard: Shard, place: &Place) -> Result<(), Fault> {
     let options = Options {
         kek: a.kek.map(Into::into),
         rate: a.rate,
-        full_speed: a.full_speed,
+        full_speed: a.work.full_speed,
         jobs: a.jobs,
         patience: Duration::from_secs(a.patience),
         if_older_than: a.if_older_than,

@@ -17,6 +17,7 @@ use crate::kms::event::Operation;
 use crate::kms::guard::lane::Background;
 use crate::store::Result;
 use crate::store::StoreError;
+use crate::store::attr::S_PRIVILEGED;
 use crate::store::header::{Header, SLOTS_LEN, Source, read_header, rewrap_slot, slots_are, unwrap_slot, wrap_slot};
 use crate::store::keys::{KekHandle, Watch};
 use crate::store::shared::Shared;
@@ -28,8 +29,6 @@ use std::time::Duration;
 /// Bytes of both slots.
 pub(super) type Slots = [u8; SLOTS_LEN];
 
-/// The setuid and setgid bits.
-const SET_ID: u32 = 0o6000;
 /// How often a header is tried again that somebody else changed between reading and writing.
 const TRIES: usize = 8;
 
@@ -332,9 +331,9 @@ fn write_slot<B: Backing>(b: &B, node: &B::Node, file: &B::File, copy: Copy2, by
     let before = b.stat_file(file)?;
     let written = b.write_at(file, bytes, slot_offset(copy));
     b.set_file_times(file, SetTime::At(before.atime), SetTime::At(before.mtime))?;
-    if before.mode & SET_ID != 0 {
+    if before.mode & S_PRIVILEGED != 0 {
         let now = b.stat_file(file)?.mode;
-        if now != before.mode && now | (before.mode & SET_ID) == before.mode {
+        if now != before.mode && now | (before.mode & S_PRIVILEGED) == before.mode {
             b.set_mode(node, before.mode)?;
         }
     }
